@@ -1,0 +1,75 @@
+"""The Python surface: five functions, each the same call that the command line makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepladder.core.errors import UserError
+from stepladder.core.files import read_lines
+from stepladder.core.keys import key
+from stepladder.experiments import climb as climbing
+from stepladder.experiments import ladder as ladders
+from stepladder.models.lm import LanguageModel
+from stepladder.models.zoo import ARCHITECTURES, spec
+from stepladder.report import page
+from stepladder.run import Loaded, cache_folder
+from stepladder.run import load as load_run
+
+
+def architectures() -> list[str]:
+    """The names of all registered architectures."""
+    return ARCHITECTURES.names()
+
+
+def build(name: str, vocab: int, size: str | None = None, seed: int = 0, **fields: Any) -> LanguageModel:
+    """A freshly initialised model: ``build("shared_loop", vocab=259, size="tiny", ticks=4)``.
+
+    vocab: number of token ids. size: a named size ("tiny", "nano", ...) or None for the defaults. fields: any
+    field of the architecture's specification. The same seed gives the same weights; global randomness is left alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "init").seed())
+        return spec(name, size, **fields).build(vocab)
+
+
+def load(run_dir: str | Path) -> Loaded:
+    """A trained run: ``.model`` (in eval mode), ``.tokenizer``, ``.run`` and the ``.step`` of its checkpoint."""
+    return load_run(Path(run_dir))
+
+
+def records(run_dir: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Every evaluated example of a run, by suite; edited or torn files are refused."""
+    folder = Path(run_dir) / "records"
+    if not folder.is_dir():
+        raise UserError(f"{run_dir} has no records; evaluate it first: stepladder eval {run_dir}")
+    return {path.stem: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
+
+
+def climb(
+    path: str | Path,
+    *overrides: str,
+    text: str | Path | None = None,
+    runs: str | Path = "runs",
+    jobs: int | None = None,
+    plugins: tuple[str, ...] = (),
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Climb a ladder file and return the path of its page.
+
+    overrides: ``run.train.steps=500`` and the like. text: a text or jsonl(.gz) file in place of the ladder's
+    corpora. jobs: runs at a time; default: CPU cores / threads per run. plugins: files that register architectures.
+    """
+    runs = Path(runs)
+    ladder = ladders.read(Path(path), list(overrides), str(text) if text is not None else None)
+    rungs = ladders.expand(ladder, cache_folder())
+    for name, rung in rungs.items():
+        say(
+            f"{name:>16}  {rung.params:>11,} parameters ({rung.residual:+.2%})  "
+            f"{rung.cost.flops:>12,.0f} FLOPs/token  {rung.factor}"
+        )
+    home = climbing.climb(ladder, rungs, runs, jobs=jobs, plugins=plugins, say=say)
+    return page.write(home)

@@ -1,0 +1,1 @@
+"""Foundations that know neither torch nor language models: configuration, files, names, randomness."""

@@ -1,0 +1,1 @@
+"""Tokens only: synthetic tasks, corpora, tokenizers, packing and streams, in NumPy and never torch."""

@@ -1,0 +1,295 @@
+"""The training stream: batch ``step`` is a pure function of (configuration, seed, step). There is no state at all.
+
+So resuming at step k means asking for step k, a rank takes its rows by arithmetic, and every rung of a ladder sees the
+same data. A row comes whole from one source, drawn by the weights of the mixture at its step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from pydantic import BeforeValidator, field_validator, model_validator
+
+from stepladder.core.config import Config, Field, Kinded, chosen, digest, register
+from stepladder.core.keys import Key, key, permute, unit
+from stepladder.core.registry import Registry
+from stepladder.data.base import Task
+from stepladder.data.corpora import Corpus, source_name
+from stepladder.data.packing import pack, probe
+from stepladder.data.shards import Shards, learn, prepare
+from stepladder.data.tasks import TASKS
+from stepladder.data.tokenizers import IGNORE, PAD, TOKENIZERS, ByteConfig, Tokenizer, TokenizerConfig
+
+Amount = Annotated[float, Field(ge=0)]
+Step = Annotated[int, Field(ge=0)]
+
+
+class Source(Kinded):
+    """Where rows come from, and how often: the kinds are ``task`` and ``text``."""
+
+    weight: Amount | tuple[tuple[Step, Amount], ...] = Field(
+        1.0,
+        description="share of the rows, relative to the other sources; or [[step, share], ...], linear in between",
+    )
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What the source is called in records and reports."""
+
+    @field_validator("weight")
+    @classmethod
+    def _in_order(cls, weight: float | tuple[tuple[int, float], ...]) -> float | tuple[tuple[int, float], ...]:
+        if isinstance(weight, tuple):
+            steps = [step for step, _ in weight]
+            if not steps or any(after <= before for before, after in itertools.pairwise(steps)):
+                raise ValueError("must be a number or a list of [step, share] with rising steps")
+        return weight
+
+    def share(self, step: int) -> float:
+        """The weight at a step; before the first and after the last point it is constant."""
+        if isinstance(self.weight, tuple):
+            steps, shares = zip(*self.weight, strict=True)
+            return float(np.interp(step, steps, shares))
+        return self.weight
+
+
+SOURCES: Registry[type[Source]] = Registry("data source")
+
+
+@register(SOURCES, "task")
+class TaskSource(Source):
+    """Examples of a synthetic task, packed."""
+
+    task: Annotated[Task, BeforeValidator(chosen(TASKS, "task"))]
+    ramp: int = Field(
+        0, ge=0, description="steps over which the upper end of the task's training range grows from its lower end"
+    )
+
+    @property
+    def label(self) -> str:
+        """The task."""
+        return self.task.kind
+
+    def sizes(self, step: int) -> tuple[int, int]:
+        """The range of sizes at a step, both ends inclusive."""
+        low, high = self.task.train
+        return low, high if step >= self.ramp else low + (high - low) * step // self.ramp
+
+
+@register(SOURCES, "text")
+class TextSource(Source):
+    """Windows of a text's tokens, in an order shuffled anew for every pass."""
+
+    path: str = Field(description="'pydoc' (built in), or a file .txt or .jsonl, also .gz")
+    valid: str | None = Field(None, description="validation file [1/16 of the documents, by hash]")
+
+    @property
+    def label(self) -> str:
+        """The file's name without folders and endings."""
+        return source_name(self.path)
+
+
+class DataConfig(Config):
+    """What a run reads: a tokenizer, the length of a row, and a mixture of sources."""
+
+    tokenizer: Annotated[TokenizerConfig, BeforeValidator(chosen(TOKENIZERS, "tokenizer"))] = ByteConfig()
+    sequence: int = Field(128, ge=4, le=1 << 24, description="tokens in a row (T)")
+    sources: tuple[Annotated[Source, BeforeValidator(chosen(SOURCES, "source"))], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataConfig:
+        points = {0} | {step for s in self.sources if isinstance(s.weight, tuple) for step, _ in s.weight}
+        for step in sorted(points):  # the sum is linear between the points, so it is positive everywhere
+            if sum(source.share(step) for source in self.sources) <= 0:
+                raise ValueError(f"sources: all weights are 0 at step {step}; give one of them more")
+        texts = [source.path for source in self.sources if isinstance(source, TextSource)]
+        if texts and self.tokenizer.kind == "alphabet":
+            raise ValueError(
+                f"tokenizer 'alphabet' knows the tasks' characters only, not those of '{texts[0]}';"
+                " use 'byte', 'char' or 'bpe'"
+            )
+        if not texts and self.tokenizer.kind == "bpe":
+            raise ValueError("tokenizer 'bpe' learns from text and there is no text source; use 'alphabet' or 'byte'")
+        return self
+
+    def names(self) -> tuple[str, ...]:
+        """A name for every source: its label; a repeated one gets ``#2``, ``#3``, ..."""
+        seen: Counter[str] = Counter()
+        names = []
+        for source in self.sources:
+            seen[source.label] += 1
+            names.append(source.label if seen[source.label] == 1 else f"{source.label}#{seen[source.label]}")
+        return tuple(names)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of T tokens, int64 ``[B, T]``.
+
+    ``targets``: what comes next in the same document, IGNORE where nothing is asked. ``documents``: runs of equal ids,
+    from 0 in every row; padding is a run too. ``source`` [B]: the place of each row's source in the configuration.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray
+    source: np.ndarray
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Validation windows, int64 ``[B, T]`` as in Batch.
+
+    ``bytes``: how many bytes of text each target stands for, 0 for IGNORE and EOS. ``index`` [B]: the window's number.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray
+    bytes: np.ndarray
+    index: np.ndarray
+
+
+class _Rows(Protocol):
+    def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, targets, documents) of the rows with these numbers in the whole run."""
+
+
+class Stream:
+    """All the data of a run: training batches by step, validation text from front to back.
+
+    ``cache`` is the folder where tokens are kept. ``tokenizer`` replaces the configured one by that of a finished run.
+    Raises UserError if anything is missing, damaged or does not fit.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, cache: Path, tokenizer: Tokenizer | None = None) -> None:
+        self.config, self.seed, self.names = config, seed, config.names()
+        texts = {i: Corpus(s.path, s.valid) for i, s in enumerate(config.sources) if isinstance(s, TextSource)}
+        tasks = [source.task for source in config.sources if isinstance(source, TaskSource)]
+        alphabet = "".join(sorted(set().union(*(task.alphabet for task in tasks))))
+        self.tokenizer = tokenizer or learn(config.tokenizer, alphabet, list(texts.values()), cache)
+        self.texts = {self.names[i]: prepare(corpus, self.tokenizer, cache) for i, corpus in texts.items()}
+        self._rows: list[_Rows] = []
+        for name, source in zip(self.names, config.sources, strict=True):
+            if isinstance(source, TaskSource):
+                typical = probe(source.task, self.tokenizer, config.sequence)
+                self._rows.append(_TaskRows(source, seed, self.tokenizer, config.sequence, typical))
+            else:
+                self._rows.append(_TextRows(self.texts[name], key(seed, "data", "text", name), config.sequence))
+
+    def batch(self, step: int, rows: np.ndarray, batch_size: int) -> Batch:
+        """The rows ``rows`` [B] (each in ``range(batch_size)``, any order) of the batch of ``batch_size`` at ``step``.
+
+        Row i depends on (configuration, seed, step, rows[i], batch_size) only, so any division of the rows among ranks
+        or micro-batches gives the same batch.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if step < 0 or (rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < batch_size):
+            raise ValueError(f"rows must lie in 0..{batch_size - 1} and the step not be negative")
+        numbers = step * batch_size + rows
+        edges = np.cumsum(self._shares(step))
+        luck = unit(key(self.seed, "data", "mixture").words(numbers, 1)[:, 0])
+        chosen_source = np.searchsorted(edges[:-1], luck, side="right")
+        shape = (len(rows), self.config.sequence)
+        tokens, targets, documents = (np.empty(shape, dtype=np.int64) for _ in range(3))
+        for i in np.unique(chosen_source):
+            mine = chosen_source == i
+            tokens[mine], targets[mine], documents[mine] = self._rows[i].rows(step, numbers[mine])
+        return Batch(tokens, targets, documents, chosen_source)
+
+    def valid_text(self, rows: int = 32) -> dict[str, Iterator[TextBatch]]:
+        """For every text source all its validation tokens, ``rows`` windows at a time (the last batch has fewer).
+
+        Windows do not overlap, so each token but the first of a document is a target once, and ``bytes`` adds up to the
+        bytes of the validation text.
+        """
+        return {name: self._windows(shards, rows) for name, shards in self.texts.items()}
+
+    def describe(self, step: int) -> dict[str, Any]:
+        """The mixture at a step: ``weights`` (share of the rows by source name) and ``sizes`` ([low, high] by task)."""
+        sources = list(zip(self.names, self.config.sources, strict=True))
+        return {
+            "weights": dict(zip(self.names, self._shares(step).tolist(), strict=True)),
+            "sizes": {name: list(source.sizes(step)) for name, source in sources if isinstance(source, TaskSource)},
+        }
+
+    def overlap(self) -> dict[str, dict[str, int]]:
+        """By text source: how many validation ``documents`` there are, and how many of them are in the training split,
+        ``exact`` and ``normalised`` (but for case and white space)."""
+        return {
+            name: {"documents": shards.about["splits"]["valid"]["documents"], **shards.about["overlap"]}
+            for name, shards in self.texts.items()
+        }
+
+    def fingerprint(self) -> str:
+        """A digest of what decides the data, but for the seed and where files lie.
+
+        It changes with the mixture, the row length, the tokenizer, the texts and with what the tasks' code draws.
+        """
+        parts = []
+        for name, source in zip(self.names, self.config.sources, strict=True):
+            if isinstance(source, TaskSource):
+                drawn = source.task.batch(0, "train", np.arange(64), source.task.train)
+                content = hashlib.sha256(drawn.question.tobytes() + drawn.answer.tobytes()).hexdigest()
+            else:
+                content = self.texts[name].about["text"]
+            parts.append([name, source.model_dump(mode="json", exclude={"path", "valid"}), content])
+        return digest({"tokenizer": self.tokenizer.fingerprint, "sequence": self.config.sequence, "sources": parts})
+
+    def _shares(self, step: int) -> np.ndarray:
+        shares = np.array([source.share(step) for source in self.config.sources])
+        return shares / shares.sum()
+
+    def _windows(self, shards: Shards, rows: int) -> Iterator[TextBatch]:
+        length = self.config.sequence
+        for first in range(0, shards.valid.windows(length), rows):
+            index = np.arange(first, min(first + rows, shards.valid.windows(length)))
+            tokens, targets, documents = shards.valid.rows(index, length)
+            sizes = self.tokenizer.byte_counts(np.where(targets == IGNORE, PAD, targets))
+            yield TextBatch(tokens, targets, documents, sizes, index)
+
+
+@dataclass(frozen=True)
+class _TaskRows:
+    """Rows of packed examples."""
+
+    source: TaskSource
+    seed: int
+    tokenizer: Tokenizer
+    length: int
+    typical: float
+
+    def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sizes = self.source.sizes(step)
+        return pack(self.source.task, self.seed, numbers, sizes, self.tokenizer, self.length, self.typical)
+
+
+@dataclass(frozen=True)
+class _TextRows:
+    """Windows of training text: row number n is place n of an endless series of shuffled passes.
+
+    Rows are numbered over the whole run, so beside other sources a text shows, pass by pass, a random part of its
+    windows as large as its share of the rows, none of them twice.
+    """
+
+    shards: Shards
+    secret: Key
+    length: int
+
+    def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        size = self.shards.train.windows(self.length)
+        passes, places = np.divmod(numbers, size)
+        windows = np.empty_like(places)
+        for number in np.unique(passes):
+            mine = passes == number
+            windows[mine] = permute(self.secret / int(number), size, places[mine])
+        return self.shards.train.rows(windows, self.length)

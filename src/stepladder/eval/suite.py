@@ -1,0 +1,224 @@
+"""Suites: named evaluations of a run. Each writes records, then results; an unfinished one can't pass for a result."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from stepladder.core.config import canonical
+from stepladder.core.files import append_lines, write_json
+from stepladder.core.registry import Registry
+from stepladder.data.tokenizers import Tokenizer
+from stepladder.eval.decode import evaluating
+from stepladder.models.lm import LanguageModel
+from stepladder.run import EvalConfig, Loaded, Run
+
+GRID_VERSION = "1"
+"""Raise when the same configuration comes to mean other items or another rule of scoring."""
+
+Needs = Literal["task", "text", "any"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a suite is given: a model in evaluation mode, the tokenizer, the run, and what to evaluate.
+
+    advance: to be called with a share of the whole work, in 0..1, whenever it is done; for the progress display.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    run: Run
+    config: EvalConfig
+    advance: Callable[[float], object] = float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a suite found.
+
+    body: its part of the results (cells, likelihood, checks). records: one line per item. items: what was asked,
+    item by item, without what the model made of it: equal digests mean that two runs were asked the same.
+    """
+
+    body: dict[str, Any]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    items: Iterable[Any] = ()
+    status: str = "complete"
+
+
+Evaluate = Callable[[Job], Outcome]
+Quick = Callable[[Job], dict[str, float]]
+Show = Callable[[dict[str, Any]], Table]
+
+
+@dataclass
+class Suite:
+    """A registered suite. Its docstring is that of its function.
+
+    needs: the source without which there is nothing to do. show: complete results as a table for the terminal.
+    quick: a brief form for use during training, scores by name.
+    """
+
+    name: str
+    needs: Needs
+    evaluate: Evaluate
+    show: Show
+    quick: Quick | None
+
+    def missing(self, run: Run) -> bool:
+        """Whether ``run`` has nothing that this suite could evaluate."""
+        return self.needs != "any" and all(source.kind != self.needs for source in run.data.sources)
+
+
+SUITES: Registry[Suite] = Registry("suite")
+"""All suites; importing ``stepladder.eval`` fills it."""
+
+
+def suite(name: str, needs: Needs, show: Show, quick: Quick | None = None) -> Callable[[Evaluate], Evaluate]:
+    """``@suite("depth", needs="task", show=table)`` above a function of a Job registers it; see Suite."""
+
+    def enter(function: Evaluate) -> Evaluate:
+        entry = Suite(name, needs, function, show, quick)
+        entry.__doc__ = function.__doc__
+        SUITES.add(name, entry, aliases={name.replace("_", "-")} - {name})
+        return function
+
+    return enter
+
+
+def evaluate(
+    loaded: Loaded,
+    names: Sequence[str],
+    out_dir: str | Path | None = None,
+    config: EvalConfig | None = None,
+    *,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Run suites ("all" = every one) on a checkpoint; returns what the files ``results_<suite>.json`` then hold.
+
+    out_dir: default the run's directory. config: default the run's own. quiet: no progress on stderr. Results are
+    written when a suite is complete; one that is cut short, by whatever, leaves the status "interrupted" and no
+    numbers. A suite for which the run has no source is complete and says so in "message". An unknown name is a
+    UserError before anything runs. The model, its mode and torch's generators are as before.
+    """
+    chosen = SUITES.names() if "all" in names else list(dict.fromkeys(map(SUITES.name, names)))
+    out = loaded.path.parent.parent if out_dir is None else Path(out_dir)
+    config = config or loaded.run.eval
+    meta = _meta(loaded, config)
+    results = []
+    with evaluating(loaded.model), _progress(quiet) as progress:
+        for name in chosen:
+            bar = progress.add_task(name, total=1.0)
+            job = Job(loaded.model, loaded.tokenizer, loaded.run, config, partial(progress.advance, bar))
+            results.append(_run(SUITES.get(name), job, meta, out))
+            progress.update(bar, completed=1.0)
+    return results
+
+
+def quick(model: LanguageModel, tokenizer: Tokenizer, run: Run) -> dict[str, float]:
+    """Brief scores during training, on validation data: ``algorithmic/<task>``, ``bits_per_byte/<source>``."""
+    job = Job(model, tokenizer, run, run.eval)
+    scores: dict[str, float] = {}
+    with evaluating(model):
+        for entry in map(SUITES.get, SUITES.names()):
+            if entry.quick is not None and not entry.missing(run):
+                scores.update(entry.quick(job))
+    return scores
+
+
+def tables(results: Iterable[dict[str, Any]]) -> list[Table]:
+    """Results as ``evaluate`` returns them, as tables for the terminal."""
+    return [_message(r) if "message" in r else SUITES.get(r["suite"]).show(r) for r in results]
+
+
+def _message(results: dict[str, Any]) -> Table:
+    shown = Table(title=results["suite"], show_header=False)
+    shown.add_row(results["message"])
+    return shown
+
+
+def _progress(quiet: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = ("evaluating {task.description}", BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
+def _run(entry: Suite, job: Job, meta: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One suite: mark as unfinished, evaluate, write the records, and last of all the results."""
+    path, records = out / f"results_{entry.name}.json", out / "records" / f"{entry.name}.jsonl"
+    head = {"suite": entry.name, "status": "interrupted", "meta": meta}
+    # From here to the last line a kill at any instant leaves a file that says so, never an older run's numbers.
+    write_json(path, head)
+    records.unlink(missing_ok=True)
+    if entry.missing(job.run):
+        outcome = Outcome({"message": f"nothing to evaluate: no {entry.needs} source"})
+    else:
+        outcome = entry.evaluate(job)
+    if weights_digest(job.model) != meta["weights"]:
+        raise RuntimeError(f"the suite {entry.name} changed the model's weights; its results are void")
+    unfinished = records.with_name(f".{records.name}.partial")
+    unfinished.unlink(missing_ok=True)
+    append_lines(unfinished, outcome.records, durable=True)
+    os.replace(unfinished, records)
+    digest = hashlib.sha256()
+    for item in outcome.items:
+        digest.update(canonical(item).encode() + b"\n")
+    results = {
+        **head,
+        "meta": {**meta, "items_digest": digest.hexdigest()},
+        "status": outcome.status,
+        "records": len(outcome.records),
+        **outcome.body,
+    }
+    write_json(path, results)
+    return results
+
+
+def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
+    model = loaded.model
+    return {
+        "seed": config.seed,
+        "samples": config.samples,
+        "decoding": config.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"}),
+        "grid_version": GRID_VERSION,
+        "model": loaded.run.model.kind,
+        "params": sum(p.numel() for p in model.parameters()),
+        "weights": weights_digest(model),
+        "run": loaded.run.hash(),
+        "step": loaded.step,
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "code": code_digest(),
+        "packages": {name: version(name) for name in ("stepladder", "torch", "numpy")},
+        "device": next((p.device.type for p in model.parameters()), "cpu"),
+    }
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 over the package's Python files, as in a run's provenance: uncommitted changes show, no git needed."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""A ladder: a control, rungs that differ from it in one factor each, seeds, and what is held equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from stepladder.core.config import Config, Field, override, read_tree, validate
+from stepladder.core.errors import UserError
+from stepladder.core.files import safe_name
+from stepladder.core.registry import did_you_mean
+from stepladder.data.stream import Stream
+from stepladder.experiments.match import Match, cost, count, match_params
+from stepladder.models.base import Cost
+from stepladder.models.zoo import ARCHITECTURES
+from stepladder.run import Run
+
+
+class Ladder(Config):
+    """The file that says what is compared. ``run`` is what all rungs share; a rung is what it changes in that."""
+
+    name: str = Field(description="directory of the ladder under runs/")
+    control: str = Field(description="the rung that all others are compared with")
+    rungs: dict[str, dict[str, Any]] = Field(description="rung name -> overrides of the control, e.g. model.kind")
+    floors: tuple[str, ...] = Field((), description="rungs shown for scale; no contenders")
+    run: dict[str, Any] = Field(description="the run of the control: model, data, train, eval")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="one run per rung and seed")
+    match: Literal["params", "train_flops", "none"] = Field("params", description="what is made equal to the control")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="family-wise error rate of the verdicts")
+    margin: float = Field(0.02, gt=0, lt=1, description="differences of accuracy within this count as equivalent")
+    margin_bits: float = Field(0.02, gt=0, description="the same for bits per byte")
+
+    @model_validator(mode="after")
+    def _check(self) -> Ladder:
+        for rung in (self.name, *self.rungs):
+            safe_name(rung)
+        for rung in (self.control, *self.floors):
+            if rung not in self.rungs:
+                raise UserError(f"'{rung}' is not among the rungs{did_you_mean(rung, self.rungs)}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise UserError("a seed is listed twice; every seed is one independent run")
+        return self
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One architecture as configured in the ladder: its run (the seed still to be set), factor, and match."""
+
+    name: str
+    factor: str
+    run: Run
+    cost: Cost
+    params: int
+    residual: float
+    matched: bool
+    train_flops: float
+
+
+def read(path: Path, overrides: list[str], text: str | None = None) -> Ladder:
+    """A ladder file with ``path=value`` overrides; ``text`` replaces the corpus of every text source."""
+    ladder = validate(Ladder, override(read_tree(path), overrides), str(path))
+    if text is None:
+        return ladder
+    sources = ladder.run.get("data", {}).get("sources", [])
+    places = [i for i, source in enumerate(sources) if source.get("kind") == "text"]
+    if not places:
+        raise UserError(f"{path}: there is no text source to replace with '{text}'; add {{kind: text, path: ...}}")
+    tree = ladder.model_dump(mode="json")
+    tree["run"] = override(ladder.run, [f"data.sources.{i}.path={text}" for i in places])
+    return validate(Ladder, tree, str(path))
+
+
+def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
+    """Every rung, validated, held to one factor, and matched to the control. Nothing is run, no weight allocated."""
+    control = Run.of({**ladder.run, "name": "run", "seed": 0}, f"ladder {ladder.name}")
+    vocab = Stream(control.data, control.seed, cache).tokenizer.vocab
+    context = control.data.sequence
+    target = count(control.model, vocab)
+    budget = _flops(control, cost(control.model, vocab, context))
+    rungs = {}
+    for name in sorted(ladder.rungs, key=lambda rung: rung != ladder.control):
+        run = _rung(ladder, control, name)
+        factor = _factor(control, run, ladder.rungs[name], name, is_control=name == ladder.control)
+        own = count(run.model, vocab)
+        found = Match(run.model, own, (own - target) / target)
+        if ladder.match == "params":
+            found = match_params(run.model, target, vocab)
+            run = run.model_copy(update={"model": found.spec})
+        price = cost(run.model, vocab, context)
+        residual = found.residual
+        if ladder.match == "train_flops":
+            run = _same_flops(run, price, budget)
+            residual = (_flops(run, price) - budget) / budget
+        rungs[name] = Rung(
+            name, factor, run, price, found.params, residual, _close(residual, ladder.match), _flops(run, price)
+        )
+    return rungs
+
+
+def _close(residual: float, match: str) -> bool:
+    return match == "none" or abs(residual) <= 0.01
+
+
+def _flops(run: Run, price: Cost) -> float:
+    """Training FLOPs of a run with a budget in steps, tokens or FLOPs; 0 where the clock decides."""
+    per_step = 3 * price.flops * run.train.batch * run.data.sequence
+    if run.train.steps is not None:
+        return run.train.steps * per_step
+    if run.train.tokens is not None:
+        return 3 * price.flops * run.train.tokens
+    return run.train.flops or 0.0
+
+
+def _same_flops(run: Run, price: Cost, budget: float) -> Run:
+    if not budget:
+        raise UserError("match: train_flops needs a budget in steps, tokens or flops; a budget in seconds has none")
+    steps = max(1, round(budget / (3 * price.flops * run.train.batch * run.data.sequence)))
+    train = {**run.train.model_dump(), "steps": steps, "tokens": None, "flops": None}
+    return Run.of({**run.tree(), "train": train})
+
+
+def _rung(ladder: Ladder, control: Run, name: str) -> Run:
+    """The control's run with the rung's changes. Another kind of model inherits the control's fields it shares."""
+    tree = control.tree()
+    changes = dict(ladder.rungs[name])
+    where = f"ladder {ladder.name}, rung {name}"
+    kind = changes.pop("model.kind", None)
+    if kind is not None:
+        fields = ARCHITECTURES.get(kind).model_fields
+        given = ladder.run.get("model", {})
+        shared = {f: v for f, v in tree["model"].items() if f in fields and f in given and f != "kind"}
+        tree["model"] = {**shared, "kind": ARCHITECTURES.name(kind)}
+    for path, value in changes.items():
+        parts = path.split(".")
+        node = tree
+        for part in parts[:-1]:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[parts[-1]] = value
+    return Run.of(tree, where)
+
+
+def _leaves(node: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        return dict(chain.from_iterable(_leaves(v, f"{path}.{k}").items() for k, v in node.items()))
+    if isinstance(node, list):
+        return dict(chain.from_iterable(_leaves(v, f"{path}.{i}").items() for i, v in enumerate(node)))
+    return {path.lstrip("."): node}
+
+
+def _factor(control: Run, run: Run, changes: dict[str, Any], name: str, is_control: bool) -> str:
+    """The one thing the rung changes; none for the control. Two things are refused: nobody could tell them apart."""
+    ours, theirs = _leaves(control.tree()), _leaves(run.tree())
+    differing = [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
+    if "model.kind" in differing:
+        # Fields that only one of the two kinds has are part of what that kind is.
+        own = set(type(control.model).model_fields) ^ set(type(run.model).model_fields)
+        given = {f"model.{field}" for field in control.model.model_fields_set & run.model.model_fields_set}
+        differing = [
+            p
+            for p in differing
+            if p == "model.kind"
+            or not p.startswith("model.")
+            or (p.removeprefix("model.") not in own and (p in given or p in changes))
+        ]
+    if is_control:
+        if differing:
+            raise UserError(f"the control '{name}' changes {', '.join(differing)}; put that under 'run' instead")
+        return "control"
+    if not differing:
+        raise UserError(f"rung '{name}' changes nothing against the control; name its one factor, e.g. model.kind")
+    if len(differing) > 1:
+        raise UserError(
+            f"rung '{name}' changes {len(differing)} factors ({', '.join(sorted(differing))}); "
+            "a rung changes one, so make one rung for each"
+        )
+    path = differing[0]
+    return f"{path}: {ours.get(path)} → {theirs.get(path)}"

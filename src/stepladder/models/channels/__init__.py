@@ -1,0 +1,1 @@
+"""Channel mixers: parts that transform each token by itself, one file each."""

@@ -1,0 +1,1 @@
+"""Heads: they own the likelihood and never materialise tokens x vocabulary unless logits are asked for."""

@@ -1,0 +1,80 @@
+"""The small layers that parts share: linear maps with a stated initial scale, embeddings, rotary positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stepladder.core.errors import UserError
+from stepladder.models.base import Context, Cost
+
+NORM_EPS = 1e-6
+
+
+def norm(width: int) -> nn.RMSNorm:
+    """Root-mean-square normalisation (Zhang & Sennrich, 2019), statistics in float32 under mixed precision."""
+    return nn.RMSNorm(width, eps=NORM_EPS)
+
+
+def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
+    """A bias-free linear map with N(0, gain^2 / inputs) weights, so unit inputs give outputs of scale ``gain``."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
+    return layer
+
+
+def residual_gain(depth: int) -> float:
+    """Gain of maps that write to the residual stream: 1/sqrt(2 x effective depth), unrolled ticks counted."""
+    return 1.0 / math.sqrt(2 * max(depth, 1))
+
+
+class Embedding(nn.Module):
+    """Token embeddings of unit scale, with learned absolute positions if ``positions`` > 0.
+
+    A document longer than the learned positions is an error. A tied weight also makes the logits, which must start
+    small, so it is kept at 1/4 of 1/sqrt(width) and scaled up to unit size on the way in.
+    """
+
+    def __init__(self, vocab: int, width: int, positions: int = 0, tied: bool = False) -> None:
+        super().__init__()
+        std = 0.25 / math.sqrt(width) if tied else 1.0
+        self.scale = 1.0 / std
+        self.tokens = nn.Embedding(vocab, width)
+        nn.init.normal_(self.tokens.weight, std=std)
+        self.positions = nn.Embedding(positions, width) if positions else None
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.1)
+
+    def forward(self, ctx: Context) -> Tensor:
+        x_BTD = self.tokens(ctx.tokens_BT) * self.scale
+        if self.positions is None:
+            return x_BTD
+        if not torch.compiler.is_compiling():
+            longest = int(ctx.positions_BT.max()) + 1
+            if longest > self.positions.num_embeddings:
+                raise UserError(
+                    f"a document of {longest} tokens does not fit the {self.positions.num_embeddings} learned "
+                    "positions; raise model.max_positions or use positions: rope"
+                )
+        return x_BTD + self.positions(ctx.positions_BT)
+
+    def cost(self) -> Cost:
+        """Look-ups are no matrix products."""
+        return Cost(params=sum(p.numel() for p in self.parameters()))
+
+
+def rotate(x_BHTK: Tensor, positions_BT: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (Su et al., 2021), half-split convention, angles in float32 or wider.
+
+    Channel pairs (i, i + K/2) turn by position x base^(-2i/K). Angles are built from the head width itself.
+    """
+    half = x_BHTK.shape[-1] // 2
+    wide = torch.promote_types(x_BHTK.dtype, torch.float32)
+    speeds = base ** (-torch.arange(half, device=x_BHTK.device, dtype=wide) / half)
+    angles = positions_BT[:, None, :, None].to(wide) * speeds
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x_BHTK.to(wide).split(half, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x_BHTK.dtype)

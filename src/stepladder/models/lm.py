@@ -1,0 +1,165 @@
+"""The language model: embed -> prelude -> core -> coda -> norm -> head. One forward for everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepladder.core.errors import UserError
+from stepladder.models.base import Context, Cost, Output, Part, Sink, State
+from stepladder.models.heads.softmax import SoftmaxHead
+from stepladder.models.layers import Embedding, norm
+from stepladder.models.noise import Dropout, row_keys
+from stepladder.models.stack import Stack
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Everything that goes from one call to the next, batch first.
+
+    position_B: position the next token of the current document has. document_B: that document's id, -1 at start.
+    key_B: the row's random key. prelude, core, coda: the states of the parts.
+    """
+
+    position_B: Tensor
+    document_B: Tensor
+    key_B: Tensor
+    prelude: State
+    core: State
+    coda: State
+
+
+class LanguageModel(nn.Module):
+    """A causal language model assembled from parts; what an architecture's ``build`` returns.
+
+    core is usually a recurrence (once, loop, ...); prelude and coda are parts applied once before and after it.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        core: Part,
+        *,
+        prelude: Part | None = None,
+        coda: Part | None = None,
+        tied: bool = False,
+        learned_positions: int = 0,
+    ) -> None:
+        super().__init__()
+        self.vocab, self.width = vocab, width
+        self.embed = Embedding(vocab, width, learned_positions, tied)
+        self.prelude = Stack([]) if prelude is None else prelude
+        self.core = core
+        self.coda = Stack([]) if coda is None else coda
+        self.norm = norm(width)
+        self.head = SoftmaxHead(width, vocab, self.embed.tokens if tied else None)
+        for site, part in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
+            part.site = site
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        state: ModelState | None = None,
+        *,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        ticks: int | None = None,
+        key: int | Tensor | None = None,
+        logits_at: str | Tensor | None = None,
+        trace: bool = False,
+        recompute: bool = False,
+    ) -> Output:
+        """Run a chunk of tokens, from the start of a sequence (state None) or from where ``state`` left off.
+
+        tokens_BT: int64 ids. targets: (B, T) next tokens, IGNORE where unscored: gives ``nll_BT`` and no logits.
+        documents: (B, T) ids >= 0; a change of id starts a new document, nothing is seen across it. None = the
+        document goes on. ticks: tick budget. key: seed of stochastic parts, an integer or one per row (B,); only
+        at the start of a sequence, later calls carry it in the state. logits_at: None = all positions, "last", or
+        a boolean mask (B, T). trace: collect diagnostics. recompute: trade compute for activation memory.
+        """
+        if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
+            raise UserError(f"tokens have shape {tuple(tokens_BT.shape)}; give (batch, length >= 1) integer ids")
+        if state is None:
+            state = self._start(tokens_BT, key)
+            packed = documents is not None
+        else:
+            if key is not None:
+                raise UserError("the random key is part of the state; give key only at the start of a sequence")
+            packed = True
+        positions_BT, document_B = _positions(tokens_BT, state, documents)
+        sink = Sink(trace={} if trace else None)
+        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink)
+
+        x_BTD = self.embed(ctx)
+        x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)
+        x_BTD, core = self.core(x_BTD, state.core, ctx)
+        x_BTD, coda = self.coda(x_BTD, state.coda, ctx)
+        h_BTD = self.norm(x_BTD)
+
+        nll_BT = None if targets is None else self.head.nll(h_BTD, targets)
+        logits = None if targets is not None else self.head.logits(_at(h_BTD, logits_at))
+        sink.open = False
+        after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda)
+        return Output(logits, nll_BT, after, sink.losses, sink.trace or {})
+
+    def _start(self, tokens_BT: Tensor, key: int | Tensor | None) -> ModelState:
+        batch, device = tokens_BT.shape[0], tokens_BT.device
+        zero_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        return ModelState(zero_B, zero_B - 1, row_keys(0 if key is None else key, batch, device), None, None, None)
+
+    def init_state(
+        self,
+        batch: int,
+        capacity: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ticks: int | None = None,
+        key: int | Tensor | None = None,
+    ) -> ModelState:
+        """A start-of-sequence state with room for ``capacity`` tokens a row; longer input is refused, never wrapped."""
+        weight = self.embed.tokens.weight
+        device = weight.device if device is None else torch.device(device)
+        dtype = weight.dtype if dtype is None else dtype
+        prelude, core, coda = (
+            part.init_state(batch, capacity, device, dtype, ticks) for part in (self.prelude, self.core, self.coda)
+        )
+        zero_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        keys_B = row_keys(0 if key is None else key, batch, device)
+        return ModelState(zero_B, zero_B - 1, keys_B, prelude, core, coda)
+
+    def cost(self, context: int, ticks: int | None = None) -> Cost:
+        """Parameters, forward FLOPs per token and state bytes per sequence, at ``context`` tokens and ``ticks``."""
+        outer = self.embed.cost() + Cost(self.norm.weight.numel()) + self.head.cost()
+        counters = Cost(state_bytes=3 * torch.int64.itemsize)
+        parts = (part.cost(context, ticks) for part in (self.prelude, self.core, self.coda))
+        return sum(parts, outer + counters)
+
+
+def _positions(tokens_BT: Tensor, state: ModelState, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions inside the documents (B, T), and the id of each row's last document (B,)."""
+    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    going_on_BT = state.position_B[:, None] + index_T
+    if documents is None:
+        return going_on_BT, state.document_B
+    if documents.shape != tokens_BT.shape:
+        raise UserError(
+            f"documents have shape {tuple(documents.shape)}, tokens {tuple(tokens_BT.shape)}; make them equal"
+        )
+    before_BT = torch.cat((state.document_B[:, None], documents[:, :-1]), dim=1)
+    start_BT = torch.where(documents != before_BT, index_T, -1).cummax(dim=1).values
+    return torch.where(start_BT >= 0, index_T - start_BT, going_on_BT), documents[:, -1]
+
+
+def _at(h_BTD: Tensor, where: str | Tensor | None) -> Tensor:
+    """The hidden states whose logits are wanted."""
+    if where is None:
+        return h_BTD
+    if isinstance(where, Tensor):
+        return h_BTD[where]
+    if where == "last":
+        return h_BTD[:, -1:]
+    raise UserError(f"logits_at={where!r}: give None, 'last' or a boolean mask of shape (batch, length)")

@@ -1,0 +1,1 @@
+"""Token mixers: parts that move information along the sequence, one file each."""

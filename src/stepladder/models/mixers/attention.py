@@ -1,0 +1,126 @@
+"""Causal multi-head attention (Vaswani et al., 2017) with grouped key/value heads (Ainslie et al., 2023).
+
+Documents are contiguous, so the keys a query may see are an interval: its own row from its document's first token
+to itself. With ``a`` the absolute index of a query in its row and ``p`` its position in the document, key ``j`` is
+visible iff a - p <= j <= a. That one rule serves packing, left padding, prefill and decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepladder.core.errors import UserError
+from stepladder.models.base import Context, Cost, Part, State
+from stepladder.models.layers import linear, rotate
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the past; grows with every call. k, v: (B, S, G, K)."""
+
+    k_BSGK: Tensor
+    v_BSGK: Tensor
+
+
+@dataclass(frozen=True)
+class FixedCache:
+    """A preallocated cache. ``length_B`` entries of each row are filled; the rest is masked, whatever it holds."""
+
+    k_BSGK: Tensor
+    v_BSGK: Tensor
+    length_B: Tensor
+
+
+class Attention(Part):
+    """Softmax attention over the past of the same document.
+
+    ``rope_base`` None leaves positions out (Kazemnejad et al., 2023), so order is heard through the mask alone.
+    ``gain`` scales the initial output map (see layers.residual_gain).
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, rope_base: float | None, gain: float) -> None:
+        super().__init__()
+        if width % heads or heads % kv_heads:
+            raise UserError(
+                f"{heads} heads do not divide width {width}, or {kv_heads} key/value heads do not divide {heads} "
+                "heads; choose divisors"
+            )
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
+        if rope_base is not None and self.head_width % 2:
+            raise UserError(f"rotary positions need an even head width, not {width}/{heads}; change width or heads")
+        self.rope_base = rope_base
+        self.project = linear(width, (heads + 2 * kv_heads) * self.head_width)
+        self.out = linear(width, width, gain)
+
+    def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        batch, tokens, width = x_BTD.shape
+        qkv = self.project(x_BTD).view(batch, tokens, -1, self.head_width)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.rope_base is not None:
+            q = rotate(q.transpose(1, 2), ctx.positions_BT, self.rope_base).transpose(1, 2)
+            k = rotate(k.transpose(1, 2), ctx.positions_BT, self.rope_base).transpose(1, 2)
+        past, state = _extend(state, k, v)
+        mask = _visible(past, state, ctx.positions_BT) if ctx.packed or past is not None else None
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            self._per_query_head(state.k_BSGK),
+            self._per_query_head(state.v_BSGK),
+            attn_mask=mask,
+            is_causal=mask is None,
+        )
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width)), state
+
+    def _per_query_head(self, x_BSGK: Tensor) -> Tensor:
+        """(B, S, G, K) -> (B, H, S, K), each key/value head shared by H/G query heads."""
+        return x_BSGK.repeat_interleave(self.heads // self.kv_heads, dim=2).transpose(1, 2)
+
+    def init_state(
+        self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, ticks: int | None
+    ) -> State:
+        shape = (batch, capacity, self.kv_heads, self.head_width)
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return FixedCache(k, v, torch.zeros(batch, device=device, dtype=torch.int64))
+
+    def cost(self, context: int, ticks: int | None = None) -> Cost:
+        """Scores are counted as computed: every query against every key, masked or not."""
+        width = self.heads * self.head_width
+        params = self.own_params()
+        state = 2 * context * self.kv_heads * self.head_width * self.itemsize()
+        return Cost(params, 2 * params + 4 * context * width, state)
+
+
+def _extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | FixedCache]:
+    """Append keys and values. Returns how many entries each row had (None at the start) and the new cache."""
+    if state is None:
+        return None, Cache(k, v)
+    if isinstance(state, Cache):
+        past = state.k_BSGK.new_full((k.shape[0],), state.k_BSGK.shape[1], dtype=torch.int64)
+        return past, Cache(torch.cat((state.k_BSGK, k), 1), torch.cat((state.v_BSGK, v), 1))
+    past, tokens, capacity = state.length_B, k.shape[1], state.k_BSGK.shape[1]
+    if not torch.compiler.is_compiling() and int(past.max()) + tokens > capacity:
+        raise UserError(
+            f"{int(past.max()) + tokens} tokens exceed the state's capacity of {capacity}; "
+            "call init_state with a larger capacity"
+        )
+    # Out of place on purpose: the state that was passed in stays good for a second, different continuation.
+    index = (past[:, None] + torch.arange(tokens, device=k.device))[:, :, None, None].expand_as(k)
+    return past, replace(
+        state,
+        k_BSGK=state.k_BSGK.scatter(1, index, k.to(state.k_BSGK.dtype)),
+        v_BSGK=state.v_BSGK.scatter(1, index, v.to(state.v_BSGK.dtype)),
+        length_B=past + tokens,
+    )
+
+
+def _visible(past_B: Tensor | None, state: Cache | FixedCache, positions_BT: Tensor) -> Tensor:
+    """Boolean mask (B, 1, T, S): key j is in the query's document and not after it."""
+    tokens, size = positions_BT.shape[1], state.k_BSGK.shape[1]
+    steps = torch.arange(tokens, device=positions_BT.device)
+    here = steps[None, :] if past_B is None else past_B[:, None] + steps
+    keys = torch.arange(size, device=positions_BT.device)
+    first = here - positions_BT
+    return ((keys >= first[:, :, None]) & (keys <= here[:, :, None]))[:, None]

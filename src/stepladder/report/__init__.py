@@ -1,0 +1,1 @@
+"""From the files of a ladder to a judged, self-contained page: reads files only and never imports torch."""

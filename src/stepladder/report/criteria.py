@@ -1,0 +1,108 @@
+"""The four success criteria that the ancestors stated and never computed, each with its interval and a word.
+
+``met``: the whole interval is on the good side of the threshold; ``not met``: the whole interval is on the
+other; ``unclear``: it straddles; ``no claim``: fewer than three seeds, or the rung may not be judged; ``not
+measured``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from stepladder.core import stats
+from stepladder.report.comparison import Comparison
+from stepladder.report.evidence import Evidence
+
+GAIN = 0.05  # points of accuracy at the training sizes
+TIME = 2.0  # of the control's training seconds
+COLLAPSE = 1.1  # of the control's perplexity
+SEEDS = 3
+
+
+def criteria(evidence: Evidence, rung: str, primary: list[Comparison], alpha: float) -> list[dict[str, Any]]:
+    """Gain, better beyond the training sizes, training time and perplexity of one rung, in this order."""
+    by_metric = {comparison.metric: comparison for comparison in primary}
+    entries = [
+        _gain(by_metric.get("accuracy_iid")),
+        _beyond(by_metric.get("accuracy_ood")),
+        _time(evidence, rung, alpha),
+        _perplexity(evidence, rung, alpha),
+    ]
+    refused = next((c.word for c in primary if c.word in ("no claim", "not matched")), "")
+    for entry in entries:
+        if entry["word"] != "not measured" and (refused or len(evidence.seeds) < SEEDS):
+            entry["word"] = refused or "no claim"
+    return entries
+
+
+def _entry(name: str, threshold: float, unit: str) -> dict[str, Any]:
+    unknown: dict[str, Any] = dict.fromkeys(("value", "low", "high"))
+    return {"name": name, "threshold": threshold, "unit": unit, **unknown, "word": "not measured", "note": ""}
+
+
+def _gain(comparison: Comparison | None) -> dict[str, Any]:
+    entry = _entry("at least 5 points more accurate", GAIN, "points")
+    if comparison is None or comparison.difference is None:
+        return entry
+    entry |= {"value": comparison.difference, "low": comparison.low, "high": comparison.high}
+    return entry | {"word": _word(entry["low"], entry["high"], GAIN, above=True)}
+
+
+def _beyond(comparison: Comparison | None) -> dict[str, Any]:
+    entry = _entry("better beyond the training sizes", 0.0, "points")
+    if comparison is None or comparison.difference is None:
+        return entry
+    entry |= {"value": comparison.difference, "low": comparison.low, "high": comparison.high}
+    words = {"better": "met", "worse": "not met", "equivalent": "not met"}
+    return entry | {"word": words.get(comparison.word, "unclear")}  # the corrected word: one claim, one standard
+
+
+def _time(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
+    entry = _entry("at most twice the training time", TIME, "ratio")
+    ratios, devices = [], set()
+    for seed in evidence.seeds:
+        mine, theirs = evidence.runs[rung, seed], evidence.runs[evidence.control, seed]
+        seconds = [run.summary.get("seconds") for run in (mine, theirs) if run.complete]
+        if len(seconds) == 2 and all(seconds):
+            ratios.append(math.log(float(seconds[0] or 0) / float(seconds[1] or 1)))
+            devices |= {str(run.provenance.get("device")) for run in (mine, theirs)}
+    if len(devices) > 1:
+        return entry | {"note": "trained on different devices: " + ", ".join(sorted(devices))}
+    return _ratio(entry, ratios, alpha)
+
+
+def _perplexity(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
+    entry = _entry("perplexity at most 1.1 times the control's", COLLAPSE, "ratio")
+    seeds = evidence.seeds_decided(rung)
+    worst: dict[str, Any] | None = None
+    for source in evidence.sources:
+        pairs = [[(evidence.runs[r, s], evidence.text(r, s, source)) for r in (rung, evidence.control)] for s in seeds]
+        tokenizers = {run.meta["likelihood"].get("tokenizer") for p in pairs for run, _ in p if run.complete}
+        if len(tokenizers) > 1:
+            return entry | {"note": "different tokenizers: perplexities are refused, see bits per byte"}
+        logs = [mine.nats_per_token() - theirs.nats_per_token() for (_, mine), (_, theirs) in pairs]
+        found = _ratio(entry | {"note": source}, logs, alpha)
+        if found["value"] is not None and (worst is None or found["value"] > worst["value"]):
+            worst = found
+    return worst or entry
+
+
+def _ratio(entry: dict[str, Any], logs: list[float], alpha: float) -> dict[str, Any]:
+    """A geometric mean over seeds with its t interval."""
+    if not logs:
+        return entry
+    d = stats.mean_difference(logs)
+    low, high = (float(np.exp(min(end, 700.0))) if d.seeds > 1 else None for end in d.interval(alpha))
+    value = math.exp(min(d.mean, 700.0))
+    return entry | {"value": value, "low": low, "high": high, "word": _word(low, high, entry["threshold"], above=False)}
+
+
+def _word(low: float | None, high: float | None, threshold: float, above: bool) -> str:
+    if low is None or high is None:
+        return "no claim"
+    if low >= threshold if above else high <= threshold:
+        return "met"
+    return "not met" if (high < threshold if above else low > threshold) else "unclear"

@@ -1,0 +1,229 @@
+"""A run is a value: one frozen tree of everything that decides its result, its hash, and its directory's name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, SerializeAsAny, model_validator
+
+from stepladder.core.config import Config, Field, chosen, digest, override, read_tree, validate
+from stepladder.core.errors import UserError
+from stepladder.core.files import Corrupt, read_json, safe_name, verify_manifest
+from stepladder.data.stream import DataConfig
+from stepladder.data.tokenizers import Tokenizer
+from stepladder.data.tokenizers import from_json as tokenizer_from_json
+from stepladder.models.lm import LanguageModel
+from stepladder.models.weights import load_weights
+from stepladder.models.zoo import ARCHITECTURES, Spec
+
+
+class TrainConfig(Config):
+    """How a model is trained. A step is one optimizer update; the budget is one of steps, tokens, flops, seconds."""
+
+    batch: int = Field(32, ge=1, description="rows per step")
+    micro: int | None = Field(None, ge=1, description="rows per micro-batch (accumulation); default: batch")
+    steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="budget in input tokens")
+    flops: float | None = Field(None, gt=0, description="budget in training FLOPs (3 x forward, executed ticks)")
+    seconds: float | None = Field(None, gt=0, description="budget in wall seconds; such runs do not repeat bitwise")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of lr")
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the budget with a rising learning rate")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: fraction of the budget with a falling rate")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decay of matrices; norms and embeddings have none")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's second moment")
+    clip: float = Field(1.0, gt=0, description="bound on the global gradient norm")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; masters stay fp32")
+    compile: bool = Field(False, description="torch.compile the model")
+    recompute: bool = Field(False, description="activation checkpointing: recompute blocks in the backward pass")
+    losses: dict[str, float] = Field({}, description="weights of a model's named losses; unnamed ones weigh 1")
+    log_every: int = Field(10, ge=1, description="steps between metric lines")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
+    eval_samples: int = Field(64, ge=1, description="items per task in evaluations during training")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: only at the end")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    spike: float | None = Field(None, gt=1, description="skip steps whose loss exceeds this multiple of its mean")
+    max_skips: int = Field(20, ge=0, description="non-finite or spiking steps in a row before a run counts as diverged")
+    threads: int | None = Field(1, ge=1, description="CPU threads; fixed, so that sums repeat bitwise")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        budgets = [n for n in ("steps", "tokens", "flops", "seconds") if getattr(self, n) is not None]
+        if len(budgets) != 1:
+            raise ValueError(f"give exactly one budget of steps, tokens, flops, seconds, not {budgets or 'none'}")
+        if self.micro is not None and self.batch % self.micro:
+            raise ValueError(f"micro={self.micro} does not divide batch={self.batch}")
+        return self
+
+
+class EvalConfig(Config):
+    """What is evaluated after training, and how outputs are decoded."""
+
+    suites: tuple[str, ...] = Field(("algorithmic", "likelihood"), description="suites to run; 'all' = every one")
+    samples: int = Field(200, ge=1, description="items per (task, size) cell")
+    batch: int = Field(128, ge=1, description="sequences decoded or scored at a time")
+    max_new_tokens: int | None = Field(None, ge=1, description="bound on output; default: the longest answer + 2")
+    temperature: float = Field(0.0, ge=0, description="0 = greedy")
+    top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens")
+    top_p: float = Field(1.0, ge=0, le=1, description="sample within this probability mass")
+    seed: int = Field(1234, ge=0, description="key of the evaluation items: the same for every rung and seed")
+    text_tokens: int = Field(200_000, ge=1, description="validation tokens scored per text source, at most")
+    ticks: tuple[int, ...] = Field((), description="depth suite: tick budgets to evaluate at")
+
+
+class Run(Config):
+    """One (architecture, data, training, seed): everything that decides the result."""
+
+    name: str = Field("run", description="directory of the run under runs/")
+    seed: int = Field(0, ge=0, description="seed of initial weights, data order and noise")
+    model: Annotated[SerializeAsAny[Spec], BeforeValidator(chosen(ARCHITECTURES, "model"))]
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig = Field(EvalConfig())
+
+    @model_validator(mode="after")
+    def _check(self) -> Run:
+        safe_name(self.name)
+        return self
+
+    def tree(self) -> dict[str, Any]:
+        """The run as plain JSON data; ``Run.of(run.tree())`` gives it back."""
+        return self.model_dump(mode="json")
+
+    @staticmethod
+    def of(tree: dict[str, Any], where: str = "run") -> Run:
+        """Validate a tree; a mistake is one sentence naming the path."""
+        return validate(Run, tree, where)
+
+    def hash(self) -> str:
+        """Identity of the result: all of the tree but the name."""
+        return digest({name: node for name, node in self.tree().items() if name != "name"})
+
+
+def read(
+    path: Path | None,
+    overrides: list[str],
+    flags: dict[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    seed: int | None = None,
+) -> Run:
+    """A run from a file with ``path=value`` overrides, or from plain flags; never from both.
+
+    flags: model, tasks (comma-separated), text, steps; None where not given. Without a file they choose from small
+    defaults that train on a laptop. name and seed replace the file's.
+    """
+    if path is not None and "=" in path.name:  # no file was given, and this is the first override
+        path, overrides = None, [str(path), *overrides]
+    given = {flag: value for flag, value in (flags or {}).items() if value is not None}
+    if path is not None and given:
+        raise UserError(
+            f"give either the run file {path} or --{' --'.join(given)}, not both; with a file, write model.kind=..., "
+            "train.steps=... instead"
+        )
+    tree = read_tree(path) if path is not None else _from_flags(given)
+    own = {"name": name or tree.get("name") or (path.stem if path else "run"), "seed": seed}
+    tree = {**tree, **{field: value for field, value in own.items() if value is not None}}
+    return Run.of(override(tree, overrides), str(path or "flags"))
+
+
+def _from_flags(given: dict[str, Any]) -> dict[str, Any]:
+    tasks = [{"kind": "task", "task": task} for task in str(given.get("tasks", "")).split(",") if task]
+    texts = [{"kind": "text", "path": given["text"]}] if "text" in given else []
+    default = [{"kind": "task", "task": "copy"}] if not tasks and not texts else []
+    return {
+        "model": {"kind": given.get("model", "transformer"), "width": 64, "depth": 2},
+        "data": {"sequence": 64, "sources": tasks + texts + default},
+        "train": {"steps": given.get("steps", 500)},
+    }
+
+
+CHECKPOINT_SCHEMA = 1
+"""Version of state.json and of the tensors' names beside it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with what belongs to it. ``model`` is in eval mode; ``path`` is the checkpoint's folder."""
+
+    run: Run
+    model: LanguageModel
+    tokenizer: Tokenizer
+    step: int
+    path: Path
+
+
+def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device: str = "cpu") -> Loaded:
+    """The model that a run directory holds, from its newest sound checkpoint or from ``checkpoint`` (step or folder).
+
+    Needs config.json, tokenizer.json and a checkpoint's weights, nothing else; every file is verified first and
+    weights must fit exactly. Whatever is missing or flawed is a UserError.
+    """
+    home = Path(run_dir)
+    if not (home / "config.json").is_file():
+        raise UserError(f"{home} is no run directory: it has no config.json; give the folder of a run, as in runs/NAME")
+    run = Run.of(read_json(home / "config.json"), str(home / "config.json"))
+    if checkpoint is None:
+        path = latest_checkpoint(home)
+    else:
+        path = checkpoint_path(home, checkpoint) if isinstance(checkpoint, int) else Path(checkpoint)
+    if path is None or not path.is_dir():
+        have = ", ".join(p.name for p in checkpoints(home)) or "none"
+        raise UserError(f"{path or home} has no sound checkpoint (there: {have}); train the run, or resume it")
+    verify_manifest(path)
+    tokenizer = tokenizer_from_json((home / "tokenizer.json").read_text(encoding="utf-8"))
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
+        model = run.model.build(tokenizer.vocab)
+    load_weights(model, path / "model.safetensors")
+    return Loaded(run, model.to(device).eval(), tokenizer, int(read_state(path)["step"]), path)
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint whose files are all as written; None if there is none.
+
+    Flawed ones are skipped with a line on stderr: what follows starts from older weights than expected.
+    """
+    for path in reversed(checkpoints(Path(run_dir))):
+        try:
+            verify_manifest(path)
+        except Corrupt as error:
+            print(f"stepladder: warning: {error}; looking for an older checkpoint", file=sys.stderr)
+        else:
+            return path
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first, unverified."""
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lives."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def cache_folder() -> Path:
+    """Where token shards are kept between runs: ``$STEPLADDER_CACHE``, or ``~/.cache/stepladder``."""
+    return Path(os.environ.get("STEPLADDER_CACHE") or Path.home() / ".cache" / "stepladder")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint; another version of it is refused, naming both."""
+    state = read_json(checkpoint / "state.json")
+    schema = state.get("schema") if isinstance(state, dict) else None
+    if schema != CHECKPOINT_SCHEMA:
+        raise UserError(
+            f"{checkpoint} has checkpoint version {schema}, this Stepladder reads version {CHECKPOINT_SCHEMA}; "
+            f"use the version that wrote it (provenance.json names it)"
+        )
+    return state

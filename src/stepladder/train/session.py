@@ -1,0 +1,348 @@
+"""A training session: from a Run to its directory. Checks everything first, then trains, resumes or finds it done."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stepladder.core.errors import UserError
+from stepladder.core.files import (
+    append_line,
+    read_json,
+    read_lines,
+    trim_lines,
+    truncate_lines,
+    write_atomic,
+    write_json,
+)
+from stepladder.core.keys import key
+from stepladder.core.redact import redact
+from stepladder.data.stream import Stream
+from stepladder.data.tokenizers import Tokenizer
+from stepladder.models.lm import LanguageModel
+from stepladder.run import Run, TrainConfig, cache_folder
+from stepladder.train import checkpoint, plots, provenance
+from stepladder.train.display import Display
+from stepladder.train.loop import Budget, Progress, Stop, fit
+from stepladder.train.loss import objective
+from stepladder.train.optim import adamw
+from stepladder.train.request import Asked, agree, finished
+
+Evaluate = Callable[[LanguageModel, Tokenizer, Run], Mapping[str, float]]
+
+
+class Interrupted(SystemExit):
+    """Training was asked to stop by a signal and its checkpoint is safe; left alone, it ends the process.
+
+    ``code`` is 128 + the signal's number: 143 after SIGTERM, 130 after SIGINT. The same call again goes on.
+    """
+
+
+def train(
+    run: Run,
+    root: Path,
+    *,
+    evaluate: Evaluate | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+    extend: bool = False,
+) -> Path:
+    """Train ``run`` in ``root/<its name>`` and return that directory.
+
+    A finished run (complete or diverged) is returned at once, an unfinished one goes on from its newest sound
+    checkpoint, bit for bit as if it had never stopped (``resume=False``: an existing directory is an error). One of
+    another configuration is refused; but with ``extend``, if only the budget grew, its run goes on to the new budget at
+    its final learning rate. ``evaluate`` gives figures for metric lines. Nothing is created before everything has
+    been built and tried once. SIGTERM and SIGINT end in ``Interrupted``; a second one ends the process at once.
+    """
+    run_dir = Path(root) / run.name
+    asked = agree(run, run_dir, resume, extend)
+    if finished(run_dir, asked):
+        return run_dir
+    run = asked.base
+    device = pick_device(run.train)
+    with _torch_settings(run.train, device):
+        stream = Stream(run.data, run.seed, cache_folder())
+        model = build(run, stream.tokenizer.vocab).to(device)
+        optimizer = adamw(model, run.train)
+        _rehearse(run, model, stream)
+        flops = 3 * model.cost(run.data.sequence).flops
+        tokens_per_step = run.train.batch * run.data.sequence
+        budget = Budget.of(asked.train, tokens_per_step, flops)
+        budget = replace(budget, horizon=Budget.of(run.train, tokens_per_step, flops).horizon)
+        if run.train.compile:
+            model.compile()
+        with _locked(run_dir):
+            with _writing(run_dir):
+                progress = _open(run_dir, asked, stream, model, optimizer, device)
+            display = Display(run.name, budget, progress, provenance.device_name(device), quiet)
+            with _signals() as stop, display, _summarised(run_dir, asked, model, progress) as outcome:
+                outcome["status"] = fit(
+                    model,
+                    optimizer,
+                    stream,
+                    run,
+                    budget,
+                    progress,
+                    run_dir,
+                    stop,
+                    evaluate=evaluate and (lambda: _figures(evaluate, model, stream.tokenizer, run)),
+                    log=lambda line: _log(run_dir, line, display),
+                )
+    if outcome["status"] == "interrupted":
+        print(f"stepladder: {run.name}: interrupted at step {progress.step}; its checkpoint is safe", file=sys.stderr)
+        raise Interrupted(128 + stop.signal)
+    return run_dir
+
+
+# Before anything is written -----------------------------------------------------------------------------------------
+
+
+def pick_device(train: TrainConfig) -> torch.device:
+    """The device to train on; what it cannot do is a UserError."""
+    gpu = torch.cuda.is_available()
+    if train.device == "cuda" and not gpu:
+        raise UserError("train.device is 'cuda' but PyTorch sees no GPU here; use 'cpu' or 'auto'")
+    device = torch.device("cuda" if gpu and train.device != "cpu" else "cpu")
+    if train.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("train.precision is 'bf16' and this GPU has none; use 'fp32'")
+    if train.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("train.compile needs a C++ compiler on a CPU and there is none; install g++ or leave it out")
+    return device
+
+
+def build(run: Run, vocab: int) -> LanguageModel:
+    """The model of a run with its initial weights, a function of the run's seed; torch's generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(run.seed, "init").seed())
+        return run.model.build(vocab).train()
+
+
+@contextmanager
+def _torch_settings(train: TrainConfig, device: torch.device) -> Iterator[None]:
+    """The number of threads and, on a CPU, algorithms that sum in one order; put back afterwards."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    try:
+        if train.threads is not None:
+            torch.set_num_threads(train.threads)
+        if device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+            memory.fill_uninitialized_memory = False  # filling costs time and changes no result
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+        memory.fill_uninitialized_memory = fill
+
+
+def _rehearse(run: Run, model: LanguageModel, stream: Stream) -> None:
+    """One batch forwards: what does not fit together (lengths, names of losses) shows before there is a directory."""
+    batch = stream.batch(0, np.arange(run.train.micro or run.train.batch), run.train.batch)
+    device = model.embed.tokens.weight.device
+    tokens, targets, documents = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets, batch.documents)
+    )
+    with torch.no_grad():
+        objective(model(tokens, targets=targets, documents=documents, key=0), targets, run.train.losses)
+
+
+# The directory ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Create the directory and hold it for this process; the lock dies with its holder, however that ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run_dir} is being trained by another process; wait for it, or give another name"
+            ) from None
+        yield
+
+
+def _open(
+    run_dir: Path,
+    asked: Asked,
+    stream: Stream,
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> Progress:
+    """Lay the directory out, or take up what it holds; returns where training stands."""
+    source = checkpoint.to_resume(run_dir)
+    state = {"progress": {}} if source is None else checkpoint.restore(source, model, optimizer)
+    if source is not None and state["run"] != asked.base.hash():
+        raise UserError(f"{source} belongs to another run than {run_dir}/config.json; put it back where it came from")
+    known = run_dir / "data.json"
+    if known.exists() and read_json(known)["fingerprint"] != stream.fingerprint():
+        raise UserError(
+            f"the data of {run_dir} have changed since it began (texts, or the code of a task); "
+            f"bring them back, or give the run another name"
+        )
+    if not known.exists():
+        write_json(run_dir / "config.json", asked.base.tree())
+        write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
+        write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap()})
+    if asked.extended:
+        write_json(run_dir / "extension.json", asked.extended)
+    progress = Progress(**state["progress"])
+    trim_lines(run_dir / "metrics.jsonl")
+    truncate_lines(run_dir / "metrics.jsonl", lambda line: _before(line, progress))
+    (run_dir / "summary.json").unlink(missing_ok=True)  # until this session ends, the run is unfinished
+    sessions = provenance.record(run_dir, device, progress.step)
+    if sessions[0]["device"] != sessions[-1]["device"] and progress.step:
+        print(
+            f"stepladder: warning: {run_dir.name} began on {sessions[0]['device']} and goes on on "
+            f"{sessions[-1]['device']}: it will not be bit for bit what one device would have given",
+            file=sys.stderr,
+        )
+    return progress
+
+
+def _before(line: Mapping[str, Any], progress: Progress) -> bool:
+    """Whether a metric line was written before the checkpoint that ``progress`` comes from."""
+    last = progress.evaluated if "eval" in line else progress.step
+    return line["step"] <= last
+
+
+def _log(run_dir: Path, line: dict[str, Any], display: Display) -> None:
+    with _writing(run_dir):
+        append_line(run_dir / "metrics.jsonl", line)
+        if "eval" in line:
+            write_json(run_dir / "metrics.json", read_lines(run_dir / "metrics.jsonl"))
+    if "eval" in line:
+        display.say(f"step {line['step']}: " + ", ".join(f"{n} {_short(v)}" for n, v in line["eval"].items()))
+    elif line["event"]:
+        details = ", ".join(f"{n} {v}" for n, v in line.items() if n not in ("step", "event") and v)
+        print(f"stepladder: {run_dir.name}: step {line['step']}: {line['event']}: {details}", file=sys.stderr)
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _figures(evaluate: Evaluate, model: LanguageModel, tokenizer: Tokenizer, run: Run) -> dict[str, float | None]:
+    """Call ``evaluate`` so that training cannot notice: eval mode, no graph, own random numbers; NaN becomes None."""
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+            figures = evaluate(model, tokenizer, run)
+    finally:
+        model.train()
+    return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+
+
+# The end ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _signals() -> Iterator[Stop]:
+    """Turn the first SIGTERM or SIGINT into a request to stop; the second ends the process at once."""
+    stop = Stop()
+
+    def receive(number: int, frame: Any) -> None:
+        if stop.signal:
+            os._exit(128 + number)
+        stop.signal = number
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _summarised(run_dir: Path, asked: Asked, model: LanguageModel, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Write summary.json, metrics.json and the pictures, however the session ends."""
+    outcome: dict[str, Any] = {"status": "failed", "reason": None}
+    try:
+        yield outcome
+    except BaseException as error:
+        outcome["reason"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        try:
+            _write_ends(run_dir, asked, model, progress, outcome)
+        except (OSError, UserError) as second:  # the error on its way out matters more
+            print(f"stepladder: warning: the summary could not be written: {second}", file=sys.stderr)
+        raise
+    if outcome["status"] == "diverged":
+        causes = [line["cause"] for line in read_lines(run_dir / "metrics.jsonl") if line.get("event") == "skipped"]
+        outcome["reason"] = f"{progress.skips_in_row} steps in a row without an update, the last because {causes[-1]}"
+    with _writing(run_dir):
+        _write_ends(run_dir, asked, model, progress, outcome)
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    """A full or read-only disk is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be written ({error}); make room, then give the same command again: "
+            f"it goes on from its last checkpoint"
+        ) from error
+
+
+def _write_ends(
+    run_dir: Path, asked: Asked, model: LanguageModel, progress: Progress, outcome: Mapping[str, Any]
+) -> None:
+    lines = read_lines(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
+    write_json(run_dir / "metrics.json", lines)
+    plots.draw(run_dir, lines, asked.base.name)
+    write_json(run_dir / "summary.json", _summary(asked, model, progress, outcome))
+
+
+def _summary(asked: Asked, model: LanguageModel, progress: Progress, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    params = sum(p.numel() for p in model.parameters())
+    embedded = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    return {
+        "status": outcome["status"],
+        "reason": redact(outcome["reason"]),
+        "steps": progress.step,
+        "updates": progress.updates,
+        "skipped_steps": progress.step - progress.updates,
+        "tokens": progress.tokens,
+        "supervised": progress.supervised,
+        "final_loss": progress.loss,
+        "seconds": round(progress.seconds, 3),
+        "train_flops": progress.flops,
+        "tokens_per_s": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "params": params,
+        "params_nonembedding": params - embedded,
+        "peak_memory_bytes": _peak_memory(model.embed.tokens.weight.device),
+        "hash": asked.hash(),
+        "extended": asked.extended,
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak of this process: of GPU memory on a GPU, else of resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

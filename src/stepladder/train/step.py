@@ -1,0 +1,106 @@
+"""One optimizer update, or a refusal that leaves no trace in the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from stepladder.data.stream import Batch
+from stepladder.models.base import IGNORE
+from stepladder.models.lm import LanguageModel
+from stepladder.models.noise import row_keys
+from stepladder.run import TrainConfig
+from stepladder.train.loss import objective
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step did. Sums are over the step's ``supervised`` tokens; "nll" is the likelihood's.
+
+    refused: why there was no update, or None. rows: rows of the batch whose loss is not finite. parameters: names of
+    those whose gradient is not finite.
+    """
+
+    supervised: int
+    sums: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = 0.0
+    refused: str | None = None
+    rows: list[int] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood in nats of a supervised token; NaN if there was none."""
+        return self.sums["nll"] / self.supervised if self.supervised else math.nan
+
+
+def gradient_step(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    train: TrainConfig,
+    *,
+    lr: float,
+    noise: int,
+    limit: float = math.inf,
+) -> Taken:
+    """Accumulate the gradient of the mean loss over the batch's supervised tokens, clip it, update.
+
+    The tokens are counted before the first backward pass, so micro-batches weigh by what they hold. Nothing at all is
+    updated if the batch has no supervised token, if the loss or the gradient is not finite, or if the likelihood
+    exceeds ``limit`` nats a token. ``noise`` is the integer key of the model's stochastic parts at this step.
+    """
+    supervised = int((batch.targets != IGNORE).sum())
+    if not supervised:
+        return Taken(0, refused="no supervised token in the batch")
+    device = model.embed.tokens.weight.device
+    tokens, targets, documents = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets, batch.documents)
+    )
+    keys = row_keys(noise, len(tokens), device)  # for all rows at once: micro-batches must not repeat their noise
+    micro = train.micro or len(tokens)
+    pieces = zip(*(whole.split(micro) for whole in (tokens, targets, documents, keys)), strict=True)
+
+    optimizer.zero_grad(set_to_none=True)
+    total, sums, nll_by_row = torch.zeros((), device=device), dict[str, Tensor](), []
+    for tokens_BT, targets_BT, documents_BT, keys_B in pieces:
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            output = model(tokens_BT, targets=targets_BT, documents=documents_BT, key=keys_B, recompute=train.recompute)
+            loss, parts = objective(output, targets_BT, train.losses)
+        (loss / supervised).backward()
+        total = total + loss.detach()
+        sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
+        nll_by_row.append(output.nll_BT.detach().sum(1))
+
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = get_total_norm(gradients.values())
+    *numbers, whole, size = torch.stack([*sums.values(), total, norm]).tolist()  # the step's one synchronisation
+    taken = Taken(supervised, dict(zip(sums, numbers, strict=True)), size)
+    if not math.isfinite(whole):
+        bad = (~torch.cat(nll_by_row).isfinite()).nonzero()[:, 0].tolist()
+        return _refusal(optimizer, taken, f"the loss is {whole}", rows=bad)
+    if not math.isfinite(size):
+        bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+        return _refusal(optimizer, taken, f"the gradient norm is {size}", parameters=bad)
+    if taken.loss > limit:
+        return _refusal(optimizer, taken, f"a spike: the loss of {taken.loss:.4g} exceeds {limit:.4g}")
+    clip_grads_with_norm_(model.parameters(), train.clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return taken
+
+
+def _refusal(
+    optimizer: torch.optim.Optimizer,
+    taken: Taken,
+    cause: str,
+    rows: list[int] | None = None,
+    parameters: list[str] | None = None,
+) -> Taken:
+    optimizer.zero_grad(set_to_none=True)
+    return Taken(taken.supervised, taken.sums, taken.grad_norm, cause, rows or [], parameters or [])

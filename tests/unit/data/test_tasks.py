@@ -1,0 +1,297 @@
+"""Every task: right answers, honest sizes and labels, and nothing that a shortcut could live on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from stepladder.data.base import Examples, Task
+from stepladder.data.tasks import TASKS
+from stepladder.data.tasks.addition import Addition
+from stepladder.data.tasks.chain import Chain
+from stepladder.data.tasks.compare import Compare
+from stepladder.data.tasks.dyck import Dyck
+from stepladder.data.tasks.listops import ListOps
+from stepladder.data.tasks.mod_add import ModAdd
+from stepladder.data.tasks.parity import Parity
+from stepladder.data.tasks.recall import Recall
+from stepladder.data.tasks.state_tracking import StateTracking
+from stepladder.data.tasks.successor import Successor
+
+VARIANTS: list[Task] = [TASKS.get(name)() for name in TASKS.names()] + [
+    Addition(reversed=True),
+    Chain(steps=10),
+    Dyck(types=3, depth=12),
+    ListOps(operands=2),
+    ListOps(operands=5),
+    ModAdd(train=(97, 97)),
+    Recall(queries=26),
+    StateTracking(group="S5"),
+]
+NAMES = [f"{t.kind}-{i}" if i >= len(TASKS.names()) else t.kind for i, t in enumerate(VARIANTS)]
+every = pytest.mark.parametrize("task", VARIANTS, ids=NAMES)
+
+
+def draw(task: Task, size: int | tuple[int, int], n: int = 600, split: str = "train") -> Examples:
+    return task.batch(3, split, np.arange(n), size)
+
+
+def majority(answers: list[str]) -> float:
+    return max(Counter(answers).values()) / len(answers)
+
+
+def measured_size(task: Task, question: str) -> int:
+    """The size read off the question's text."""
+    body = re.sub(r"^\w+:|\^?=$", "", question)
+    if task.kind in ("addition", "multiplication", "compare"):
+        return max(map(len, re.split(r"[+*?]", body)))
+    if task.kind == "mod_add":
+        return int(body.split("%")[1])
+    if task.kind == "chain":
+        return len(body.split(">")[0])
+    if task.kind == "recall":
+        return len(body.split("?")[0]) // 2
+    if task.kind == "listops":
+        return body.count("(")
+    return len(body) // 2 if task.kind == "dyck" else len(body)
+
+
+@every
+def test_answers_are_what_the_oracle_says_and_sizes_are_kept(task):
+    for size in (task.train, task.train[0], *task.iid, *task.ood[:2]):
+        drawn = draw(task, size, 500 if isinstance(size, tuple) else 200)
+        for question, answer, n in zip(drawn.questions(), drawn.answers(), drawn.size.tolist(), strict=True):
+            assert task.solve(question) == answer, question
+            assert task.verify(question, answer)
+            assert measured_size(task, question) == n
+            assert len(answer) <= task.max_answer(n)
+            assert set(question + answer) <= set(task.alphabet)
+            assert question.endswith("=")
+
+
+@every
+def test_largest_ood_cell(task):
+    size = task.ood[-1]
+    drawn = draw(task, size, 20, "test")
+    assert [task.solve(q) for q in drawn.questions()] == drawn.answers()
+    assert max(map(len, drawn.answers())) <= task.max_answer(size)
+
+
+@every
+def test_item_is_the_same_alone_permuted_and_beside_longer_ones(task):
+    size = draw(task, task.train, 40).size
+    whole = draw(task, task.train, 40)
+    order = np.random.default_rng(0).permutation(40)
+    permuted = task.batch(3, "train", order, task.train)
+    assert permuted.questions() == [whole.questions()[i] for i in order]
+    alone = [task.batch(3, "train", np.array([i]), task.train) for i in range(20)]
+    assert [one.questions()[0] for one in alone] == whole.questions()[:20]
+    assert [one.answers()[0] for one in alone] == whole.answers()[:20]
+    size[5:] = task.ood[0]
+    beside = task.batch(3, "train", np.arange(40), size)
+    assert beside.questions()[:5] == whole.questions()[:5]
+    assert beside.answers()[:5] == whole.answers()[:5]
+
+
+@every
+def test_all_splits_have_items_at_all_training_sizes(task):
+    low, high = task.train
+    for split in ("train", "valid", "test"):
+        task.batch(0, split, np.arange(high - low + 1), np.arange(low, high + 1))
+
+
+@every
+def test_guessing_the_commonest_answer_is_no_better_than_twice_chance(task):
+    for size in task.iid[-2:]:
+        if task.chance(size) > 0.02:
+            assert majority(draw(task, size, 2000).answers()) < max(2 * task.chance(size), 0.25) * 0.9, size
+
+
+@every
+def test_longest_answers_are_reached(task):
+    size = task.iid[0]
+    longest = max(map(len, draw(task, size, 2000).answers()))
+    assert longest == task.max_answer(size)
+
+
+@every
+def test_docstring_draws_examples(task):
+    told = " ".join(type(task).__doc__.split())
+    drawn = re.findall(r"``(\S+=)`` -> ``(\S+)``", told)
+    assert drawn
+    if task == type(task)():
+        assert all(task.solve(question) == answer for question, answer in drawn)
+    assert "Size is " in told
+    assert "Source:" in told
+    assert "Differs from" in told
+
+
+def test_no_alphabet_has_a_letter_in_both_cases():
+    symbols = set("".join(TASKS.get(name).alphabet for name in TASKS.names()))
+    assert len({symbol.casefold() for symbol in symbols}) == len(symbols)
+
+
+def test_questions_say_which_task_they_are_of():
+    questions = {t.kind: set(draw(t, t.train, 2000).questions()) for t in VARIANTS[: len(TASKS.names())]}
+    seen = Counter(question for asked in questions.values() for question in asked)
+    assert seen.most_common(1)[0][1] == 1
+
+
+def test_parity_labels_are_balanced_and_neither_length_nor_first_bit_tells():
+    drawn = draw(Parity(), (4, 16), 4000)
+    odd = np.array([answer == "1" for answer in drawn.answers()])
+    first = np.array([question[0] == "1" for question in drawn.questions()])
+    assert odd.mean() == pytest.approx(0.5, abs=0.03)
+    assert odd[first].mean() == pytest.approx(0.5, abs=0.05)
+    assert odd[drawn.size == 16].mean() == pytest.approx(0.5, abs=0.12)
+
+
+def test_addition_carries_are_balanced_and_travel_far():
+    carries, longest, shorter = [], [], []
+    for question in draw(Addition(), 10, 1500).questions():
+        a, b = (text[::-1] for text in question.rstrip("=").split("+"))
+        shorter.append(min(len(a), len(b)))
+        carry, ripple, far = 0, 0, 0
+        for x, y in zip(a, b, strict=False):
+            total = int(x) + int(y)
+            ripple = ripple + 1 if carry and total == 9 else 0
+            far, carry = max(far, ripple), int(total + carry > 9)
+            carries.append(carry)
+        longest.append(far)
+    assert np.mean(carries) == pytest.approx(0.47, abs=0.05)
+    assert np.mean(np.array(longest) >= 3) > 0.05  # uniform digits: 0.2 %
+    assert max(longest) >= 6
+    assert np.bincount(shorter)[1:].min() > 100  # all lengths of the other operand, uniformly
+
+
+@pytest.mark.parametrize("size", [3, 8, 40])
+def test_chain_carries_over_its_whole_run_in_half_of_the_items(size):
+    drawn = draw(Chain(), size, 1000)
+    starts = [question.split(">")[0] for question in drawn.questions()]
+    rippled = [answer[:-(2)] != start[:-2] for start, answer in zip(starts, drawn.answers(), strict=True)]
+    assert np.mean(rippled) == pytest.approx(0.5, abs=0.06)
+    changed = [
+        sum(x != y for x, y in zip(start.zfill(size + 1), answer.zfill(size + 1), strict=True))
+        for start, answer in zip(starts, drawn.answers(), strict=True)
+    ]
+    assert max(changed) == size + 1
+    assert np.mean(np.array(changed) > size // 2) > 0.2
+
+
+def test_successor_carries_run_to_any_length():
+    drawn = draw(Successor(), 12, 3000)
+    nines = np.array([len(q[2:-1]) - len(q[2:-1].rstrip("9")) for q in drawn.questions()])
+    assert (nines > 0).mean() == pytest.approx(0.55, abs=0.04)
+    assert set(range(12)) <= set(nines.tolist())
+
+
+def test_compare_labels_are_thirds_at_every_size_and_lengths_do_not_decide():
+    for size in (2, 4, 9):
+        drawn = draw(Compare(), size, 2400)
+        answers = np.array(drawn.answers())
+        for sign in "<>=":
+            assert (answers == sign).mean() == pytest.approx(1 / 3, abs=0.04)
+        pairs = [question.removesuffix("=").split("?") for question in drawn.questions()]
+        guess = ["<" if len(a) < len(b) else ">" if len(a) > len(b) else "=" for a, b in pairs]
+        assert np.mean(answers == guess) < 0.6
+        leading = ["<" if a[0] < b[0] else ">" if a[0] > b[0] else "=" for a, b in pairs]
+        assert np.mean(answers == leading) < 0.8
+        near = [len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1 for a, b in pairs]
+        assert np.mean(near) > 0.2
+        assert np.mean([len(a) != len(b) for a, b in pairs]) == pytest.approx(1 / 6, abs=0.04)
+
+
+def test_mod_add_wraps_half_of_the_time():
+    pairs = [re.split(r"[+%=]", question)[:3] for question in draw(ModAdd(), 97, 2000).questions()]
+    assert np.mean([int(a) + int(b) >= int(m) for a, b, m in pairs]) == pytest.approx(0.49, abs=0.04)
+
+
+def counts(body: str) -> bool:
+    return all(body.count(a) == body.count(b) for a, b in ("()", "[]", "{}"))
+
+
+def depth_never_negative(body: str, types: str = "([{)]}") -> bool:
+    half, depth = len(types) // 2, 0
+    for bracket in body:
+        depth += (bracket in types[:half]) - (bracket in types[half:])
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def each_type_never_negative(body: str) -> bool:
+    return all(depth_never_negative(body, pair) for pair in ("()", "[]", "{}"))
+
+
+def neighbours(body: str) -> bool:
+    return not any(bad in body for bad in ("(]", "(}", "[)", "[}", "{)", "{]"))
+
+
+@pytest.mark.parametrize("count_heuristic", [counts, depth_never_negative, each_type_never_negative, neighbours])
+@pytest.mark.parametrize("task", [Dyck(), Dyck(types=3, depth=12)], ids=["two", "three"])
+def test_dyck_is_not_solved_by_counting(task, count_heuristic):
+    for size in (6, 12, 24):
+        drawn = draw(task, size, 1000)
+        guesses = ["y" if count_heuristic(question[2:-1]) else "n" for question in drawn.questions()]
+        accuracy = np.mean([guess == answer for guess, answer in zip(guesses, drawn.answers(), strict=True)])
+        assert accuracy == pytest.approx(0.5, abs=0.06), (size, count_heuristic.__name__)
+
+
+def test_dyck_depth_is_capped_and_used_at_every_length():
+    for size in (12, 48):
+        deepest = []
+        for question in draw(Dyck(), size, 200).questions():
+            depths = np.cumsum([1 if bracket in "([{" else -1 for bracket in question[2:-1]])
+            deepest.append(depths.max())
+        assert max(deepest) == 6
+        assert min(deepest) >= 3
+
+
+def test_recall_keys_differ_and_queries_come_from_everywhere():
+    drawn = draw(Recall(), 12, 500)
+    places = Counter()
+    for question in drawn.questions():
+        pairs, queries = question[2:-1].split("?")
+        keys = pairs[0::2]
+        assert len(set(keys)) == 12
+        assert len(set(queries)) == len(queries) == 4
+        places.update(keys.index(query) for query in queries)
+    assert min(places[place] for place in range(12)) > 100  # 167 expected
+
+
+def test_recall_order_of_pairs_is_no_new_question():
+    one = Examples(*(np.frombuffer(b, np.uint8)[None] for b in (b"k:a1b2c3?ba=", b"21")), np.array([3]))
+    two = Examples(*(np.frombuffer(b, np.uint8)[None] for b in (b"k:c3a1b2?ba=", b"21")), np.array([3]))
+    assert (Recall().canonical(one) == Recall().canonical(two)).all()
+
+
+def test_chain_order_of_steps_is_no_new_question():
+    one = Examples(*(np.frombuffer(b, np.uint8)[None] for b in (b"995>1>9=", b"1005")), np.array([3]))
+    two = Examples(*(np.frombuffer(b, np.uint8)[None] for b in (b"995>9>1=", b"1005")), np.array([3]))
+    assert (Chain(steps=2).canonical(one) == Chain(steps=2).canonical(two)).all()
+
+
+@pytest.mark.parametrize(("group", "order"), [("S3", 6), ("S5", 120)])
+def test_state_tracking_moves_generate_the_whole_group(group, order):
+    moves = StateTracking(group=group).moves
+    reached = {tuple(range(len(moves[0])))}
+    frontier = set(reached)
+    while frontier:
+        frontier = {tuple(cups[place] for place in move) for cups in frontier for move in moves} - reached
+        reached |= frontier
+    assert len(reached) == order
+    answers = draw(StateTracking(group=group), 8, 3000).answers()
+    assert len(set(answers)) == order
+    assert majority(answers) < 1.6 / order
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 24])
+def test_listops_answers_are_spread_and_operators_all_occur(size):
+    drawn = draw(ListOps(), size, 1000)
+    assert majority(drawn.answers()) < 0.2
+    assert len(set(drawn.answers())) == 10
+    used = Counter("".join(drawn.questions()))
+    assert min(used[operator] for operator in "xnms") > 0.2 * size * 1000

@@ -1,0 +1,141 @@
+"""Running suites: files, metadata, interruptions, wrong names, nothing to do."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from stepladder.core.errors import UserError
+from stepladder.core.files import read_json, read_lines
+from stepladder.eval import suite as suites
+from stepladder.eval.suite import SUITES, evaluate, quick, tables, weights_digest
+
+
+def home(loaded):
+    return loaded.path.parent.parent
+
+
+def test_results_and_records_say_the_same(make):
+    loaded = make()
+    (results,) = evaluate(loaded, ["algorithmic"], quiet=True)
+    assert read_json(home(loaded) / "results_algorithmic.json") == json.loads(json.dumps(results))
+    records = read_lines(home(loaded) / "records" / "algorithmic.jsonl")
+    assert results["status"] == "complete"
+    assert results["records"] == len(records) == 20 * 5
+    for cell in results["cells"]:
+        own = [r for r in records if (r["task"], r["size"]) == (cell["task"], cell["size"])]
+        assert [r["index"] for r in own] == list(range(20))
+        assert cell["accuracy"] == sum(r["correct"] for r in own) / 20
+        assert cell["unique"] == len({r["question"] for r in own})
+
+
+def test_metadata_names_all_that_decides_the_numbers(make):
+    loaded = make(eval={"temperature": 0.5})
+    meta = evaluate(loaded, ["algorithmic"], quiet=True)[0]["meta"]
+    assert meta["decoding"] == {"temperature": 0.5, "top_k": None, "top_p": 1.0, "max_new_tokens": None}
+    assert meta["params"] == sum(p.numel() for p in loaded.model.parameters())
+    assert meta["weights"] == weights_digest(loaded.model)
+    assert (meta["model"], meta["step"], meta["seed"], meta["device"]) == ("transformer", 1, 1234, "cpu")
+    assert (meta["run"], meta["tokenizer"]) == (loaded.run.hash(), loaded.tokenizer.fingerprint)
+    assert set(meta) >= {"items_digest", "grid_version", "code"}
+
+
+def test_items_are_those_of_every_rung_and_seed(make):
+    runs = [make(), make(model="shared_loop", seed=5, name="other"), make(eval={"seed": 3}), make(eval={"samples": 21})]
+    digests = [evaluate(loaded, ["algorithmic"], quiet=True)[0]["meta"]["items_digest"] for loaded in runs]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def test_the_weights_digest_sees_any_change(make):
+    loaded = make()
+    before = weights_digest(loaded.model)
+    assert weights_digest(loaded.model) == before
+    with torch.no_grad():
+        loaded.model.norm.weight[0] += 1e-6
+    assert weights_digest(loaded.model) != before
+
+
+def test_an_unknown_suite_is_refused_before_anything_runs(make):
+    loaded = make()
+    with pytest.raises(UserError, match="unknown suite 'algoritmic' — did you mean 'algorithmic'"):
+        evaluate(loaded, ["likelihood", "algoritmic"], quiet=True)
+    assert list(home(loaded).iterdir()) == []
+
+
+def test_names_may_repeat_and_have_hyphens(make):
+    results = evaluate(make(), ["self-test", "self_test"], quiet=True)
+    assert [r["suite"] for r in results] == ["self_test"]
+
+
+def test_all_runs_every_suite_and_says_where_there_is_nothing(make):
+    loaded = make()
+    results = evaluate(loaded, ["all"], quiet=True)
+    assert [r["suite"] for r in results] == SUITES.names() == ["algorithmic", "depth", "likelihood", "self_test"]
+    empty = results[2]
+    assert empty["message"] == "nothing to evaluate: no text source"
+    assert (empty["status"], empty["records"]) == ("complete", 0)
+    assert read_lines(home(loaded) / "records" / "likelihood.jsonl") == []
+    assert len(tables(results)) == 4
+
+
+def test_every_suite_has_a_first_line_for_the_list():
+    assert all(len((SUITES.get(name).__doc__ or "").split("\n")[0]) > 20 for name in SUITES.names())
+
+
+@pytest.mark.parametrize("blow", [KeyboardInterrupt, UserError, RuntimeError])
+def test_an_interrupted_suite_leaves_no_numbers(make, monkeypatch, blow):
+    loaded = make()
+    evaluate(loaded, ["algorithmic"], quiet=True)
+
+    def fail(job):
+        raise blow("now")
+
+    monkeypatch.setattr(SUITES.get("algorithmic"), "evaluate", fail)
+    with pytest.raises(blow):
+        evaluate(loaded, ["algorithmic"], quiet=True)
+    left = read_json(home(loaded) / "results_algorithmic.json")
+    assert left["status"] == "interrupted"
+    assert set(left) == {"suite", "status", "meta"}
+    assert not (home(loaded) / "records" / "algorithmic.jsonl").exists()
+
+
+def test_a_kill_between_records_and_results_is_seen(make, monkeypatch):
+    loaded = make()
+    monkeypatch.setattr(suites, "canonical", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(loaded, ["algorithmic"], quiet=True)
+    assert read_json(home(loaded) / "results_algorithmic.json")["status"] == "interrupted"
+    monkeypatch.undo()
+    assert evaluate(loaded, ["algorithmic"], quiet=True)[0]["records"] == 100
+
+
+def test_a_suite_that_trains_is_void(make, monkeypatch):
+    loaded = make()
+    entry = SUITES.get("algorithmic")
+    honest = entry.evaluate
+
+    def cheat(job):
+        job.model.norm.weight.mul_(1.001)
+        return honest(job)
+
+    monkeypatch.setattr(entry, "evaluate", cheat)
+    with pytest.raises(RuntimeError, match="changed the model's weights"):
+        evaluate(loaded, ["algorithmic"], quiet=True)
+    assert read_json(home(loaded) / "results_algorithmic.json")["status"] == "interrupted"
+
+
+def test_quick_scores_every_source_on_validation_data(make, tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n\n" * 30)
+    text = {"kind": "text", "path": str(tmp_path / "a.txt"), "valid": str(tmp_path / "a.txt")}
+    loaded = make([{"kind": "task", "task": "parity"}, {"kind": "task", "task": "parity"}, text])
+    loaded.model.train()
+    scores = quick(loaded.model, loaded.tokenizer, loaded.run)
+    assert list(scores) == ["algorithmic/parity", "algorithmic/parity#2", "bits_per_byte/a"]
+    assert scores["bits_per_byte/a"] == pytest.approx(8.0, rel=0.2)
+    assert loaded.model.training
+    asked = []
+    loaded.model.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].shape))
+    quick(loaded.model, loaded.tokenizer, dataclasses.replace(loaded).run)
+    assert max(shape[0] for shape in asked) == 12, "train.eval_samples items at a time, not eval.samples"

@@ -1,0 +1,45 @@
+"""Numbers as readers see them."""
+
+import pytest
+
+from stepladder.report import words
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (words.percent(0.61349), "61.3 %"),
+        (words.signed(-0.0523, "accuracy"), "−5.2"),
+        (words.signed(0.0523, "bits_per_byte"), "+0.052"),
+        (words.interval(-0.01, 0.02, "accuracy"), "−1.0 to +2.0"),
+        (words.interval(None, None, "accuracy"), "–"),
+        (words.probability(0.00001), "< 0.001"),
+        (words.probability(0.0412), "0.041"),
+        (words.quantity(1_234_567), "1.23 M"),
+        (words.quantity(4096, "B"), "4.1 kB"),
+        (words.quantity(3e21), "3e+03 E"),
+        (words.quantity(12), "12"),
+        (words.quantity(None), "–"),
+        (words.duration(61), "61 s"),
+        (words.duration(100), "1.7 min"),
+        (words.duration(2 * 86400), "48 h"),
+        (words.residual(-0.0049), "−0.49 %"),
+        (words.confidence(0.05), "95 %"),
+        (words.confidence(0.001), "99.9 %"),
+    ],
+)
+def test_formats(shown, expected):
+    assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "needs", "text"),
+    [
+        ("better", None, "better"),
+        ("inconclusive", 1, "inconclusive (needs 1 more seed)"),
+        ("inconclusive", 4, "inconclusive (needs 4 more seeds)"),
+        ("inconclusive", None, "inconclusive (needs more items, not seeds)"),
+    ],
+)
+def test_verdicts_say_what_they_need(word, needs, text):
+    assert words.verdict_text({"word": word, "needs": needs}) == text
