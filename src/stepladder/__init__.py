@@ -1,12 +1,12 @@
 """Stepladder: a laboratory for language models that take steps.
 
-    import stepladder as sl
-    sl.architectures()                         # names in the zoo
-    model = sl.build("shared_loop", vocab=259, size="tiny")
-    model(tokens_BT, ticks=8).logits           # one forward for everything
-    sl.climb("ladders/first.yaml")             # a matched, seeded comparison and its page
-    sl.load("runs/first/transformer-s0").model # a trained model
-    sl.records("runs/first/transformer-s0")    # what it answered, item by item
+import stepladder as sl
+sl.architectures()                         # names in the zoo
+model = sl.build("shared_loop", vocab=259, size="tiny")
+model(tokens_BT, ticks=8).logits           # one forward for everything
+sl.climb("ladders/first.yaml")             # a matched, seeded comparison and its page
+sl.load("runs/first/transformer-s0").model # a trained model
+sl.records("runs/first/transformer-s0")    # what it answered, item by item
 """
 
 from importlib import import_module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from stepladder.core.files import read_lines
 from stepladder.core.keys import key
 from stepladder.experiments import climb as climbing
 from stepladder.experiments import ladder as ladders
+from stepladder.experiments.match import sized
 from stepladder.models.lm import LanguageModel
-from stepladder.models.zoo import ARCHITECTURES, spec
+from stepladder.models.zoo import ARCHITECTURES
 from stepladder.report import page
 from stepladder.run import Loaded, cache_folder
 from stepladder.run import load as load_run
@@ -33,7 +35,7 @@ def build(name: str, vocab: int, size: str | None = None, seed: int = 0, **field
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "init").seed())
-        return spec(name, size, **fields).build(vocab)
+        return sized(name, size, vocab, **fields).build(vocab)
 
 
 def load(run_dir: str | Path) -> Loaded:
@@ -71,5 +73,6 @@ def climb(
             f"{name:>16}  {rung.params:>11,} parameters ({rung.residual:+.2%})  "
             f"{rung.cost.flops:>12,.0f} FLOPs/token  {rung.factor}"
         )
-    home = climbing.climb(ladder, rungs, runs, jobs=jobs, plugins=plugins, say=say)
+    command = shlex.join(["stepladder", "climb", str(path), *overrides, *(["--text", str(text)] if text else [])])
+    home = climbing.climb(ladder, rungs, runs, jobs=jobs, plugins=plugins, command=command, say=say)
     return page.write(home)

@@ -100,7 +100,8 @@ def sample(
     from stepladder.run import load
 
     options: dict[str, Any] = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for prompt, found in zip(prompts, continue_texts(load(run), prompts, key=seed, ticks=ticks, **options), strict=True):
+    texts = continue_texts(load(run), prompts, key=seed, ticks=ticks, **options)
+    for prompt, found in zip(prompts, texts, strict=True):
         console.print(f"[bold]{_plain(prompt)}[/bold]{_plain(found.text)}  [dim]({found.stop})[/dim]", highlight=False)
 
 
@@ -185,10 +186,9 @@ def show(
     _plug(plugin)
     from stepladder import show as showing
     from stepladder.core.config import override
-    from stepladder.models.zoo import spec
+    from stepladder.experiments.match import sized
 
-    fields = override({}, overrides or [])
-    chosen = spec(name, size, **fields)
+    chosen = sized(name, size, vocab, **override({}, overrides or []))
     console.print(showing.costs(chosen, vocab, context, batch, ticks))
     console.print(showing.layers(chosen, vocab))
     console.print("\n".join(showing.hops(train)), highlight=False)

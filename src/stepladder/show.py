@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from rich.tree import Tree
 from torch import nn
@@ -19,44 +20,50 @@ from stepladder.models.zoo import Spec
 from stepladder.train import loop, session, step
 
 
-def costs(spec: Spec, vocab: int, contexts: str, batch: int, ticks: int | None) -> Table:
+def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None) -> Table:
     """Parameters, FLOPs, state and memory at several context lengths, comma-separated."""
     lengths = [int(length) for length in contexts.split(",") if length.strip().isdecimal() and int(length) > 0]
     if len(lengths) < len(contexts.split(",")):
         raise UserError(f"--context {contexts}: give positive whole numbers, comma-separated, such as 128,1024")
-    table = Table(title=f"{spec.kind}, vocabulary {vocab}, batch {batch}, float32")
-    columns = ("context", "ticks", "parameters", "FLOPs/token", "training FLOPs/token", "state/sequence")
-    for column in (*columns, "training memory", "decoding memory"):
-        table.add_column(column, justify="right")
+    title = f"{of.kind}, vocabulary {vocab:,}, batch {batch}, float32"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("context", "ticks", "params", "FLOPs/tok", "to train", "state", "train in", "decode in"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    own = ticks or getattr(of, "ticks", None) or 1
     for context in lengths:
-        price = cost(spec, vocab, context, ticks)
-        # Weights, gradients and two AdamW moments, and the saved activations, measured as about 14 vectors of the
-        # model width a residual layer; weights and state alone when decoding.
-        train = 16 * price.params + activations(spec, vocab, batch * context, ticks)
+        price = cost(of, vocab, context, ticks)
+        # Weights, gradients, AdamW's two moments and saved activations; weights and state alone when decoding.
+        train = 16 * price.params + activations(of, vocab, batch * context, own)
         decode = 4 * price.params + batch * price.state_bytes
-        own = str(ticks or getattr(spec, "ticks", 1))
-        table.add_row(
-            f"{context:,}", own, f"{price.params:,}", f"{price.flops:,.0f}", f"{3 * price.flops:,.0f}",
-            size(price.state_bytes), size(train), size(decode),
-        )  # fmt: skip
+        counts = (price.params, price.flops, 3 * price.flops)
+        memory = (price.state_bytes, train, decode)
+        table.add_row(f"{context:,}", str(own), *map(number, counts), *map(size, memory))
     return table
 
 
-def activations(spec: Spec, vocab: int, tokens: int, ticks: int | None) -> float:
+def activations(spec: Spec, vocab: int, tokens: int, ticks: int) -> float:
     """Bytes of activations saved for the backward pass: outputs of all linear maps, and twice their inputs."""
     with torch.device("meta"):
         model = spec.build(vocab)
-    repeats = ticks or getattr(spec, "ticks", 1)
     linear = [m for m in model.core.modules() if isinstance(m, nn.Linear)]
-    per_token = sum(m.out_features + 2 * m.in_features for m in linear) * repeats + vocab
+    per_token = sum(m.out_features + 2 * m.in_features for m in linear) * ticks + vocab
     return 4.0 * tokens * per_token
+
+
+def number(count: float) -> str:
+    """A count in words: three digits and a unit."""
+    for unit in ("", " k", " M", " G"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.4g} T"
 
 
 def size(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
-            return f"{count:.4g} {unit}"
+            return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
 
@@ -76,7 +83,8 @@ def _branch(tree: Tree, module: nn.Module, ticks: int) -> None:
         params = sum(p.numel() for p in child.parameters())
         if not params:
             continue
-        shape = " × ".join(map(str, child.weight.shape)) if hasattr(child, "weight") else ""
+        weight = getattr(child, "weight", None)
+        shape = " × ".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
         loop_mark = f"  [magenta]↻ {ticks} ticks[/magenta]" if name == "core" and ticks > 1 and _is_loop(module) else ""
         label = f"{name}: [cyan]{type(child).__name__}[/cyan] {shape}  [dim]{params:,}[/dim]{loop_mark}"
         _branch(tree.add(label), child, ticks)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
+
 from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, read_lines, write_manifest
 from stepladder.models.weights import load_tensors, load_weights, named_weights, save_weights
@@ -44,7 +45,7 @@ def tiny_run(name="run", kind="transformer", model=None, **fields) -> Run:
             "seed": 5,
             "model": {"kind": kind, **ARCHITECTURES.get(kind).tiny, **(model or {})},
             "data": {"sequence": 32, "tokenizer": "alphabet", "sources": [{"kind": "task", "task": "copy"}]},
-            "train": {"steps": 6, "batch": 4, "save_every": 2, "log_every": 1, **fields},
+            "train": {"device": "cpu", "steps": 6, "batch": 4, "save_every": 2, "log_every": 1, **fields},
         }
     )
 
@@ -426,7 +427,7 @@ def test_K10_another_version_of_a_checkpoint_is_refused_naming_both(tmp_path):
     state = read_json(folder / "state.json")
     (folder / "state.json").write_text(json.dumps({**state, "schema": 7}))
     write_manifest(folder)
-    with pytest.raises(UserError, match="version 7.*version 1"):
+    with pytest.raises(UserError, match=r"version 7.*version 1"):
         load(run_dir)
 
 

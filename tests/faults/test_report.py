@@ -128,11 +128,17 @@ def test_P6_secrets_are_in_no_artefact(tmp_path):
     extra = {"fields": {"kind": "loop", "hub": {"api_key": "0p3ns3same"}}, "factor": f"login {SECRETS[1]}"}
     rungs = {"plain": synthetic.Rung(), "loop": synthetic.Rung(extra=extra, status={1: "failed"})}
     folder = synthetic.ladder(
-        tmp_path / "x", rungs, items=10, curve=5, command=f"HF_TOKEN={SECRETS[0]} stepladder climb x.yaml"
+        tmp_path / "x",
+        rungs,
+        items=10,
+        curve=5,
+        command=f"HF_TOKEN={SECRETS[0]} stepladder climb x.yaml",
+        ladder={"run": {"data": {"hub_token": SECRETS[5]}}},
     )
     for run in ("plain-s0", "loop-s1"):
         env = {"HF_TOKEN": SECRETS[0], "AWS": SECRETS[2], "DB_PASSWORD": SECRETS[4]}
-        write_json(folder / run / "provenance.json", {"device": "cpu", "env": env, "argv": ["--token", SECRETS[3]]})
+        session = {"device": "cpu", "env": env, "argv": ["--token", SECRETS[3]]}
+        write_json(folder / run / "provenance.json", {"sessions": [session]})
     summary = read_json(folder / "loop-s1" / "summary.json")
     write_json(folder / "loop-s1" / "summary.json", summary | {"reason": f"403 for token={SECRETS[4]}"})
     page.write(folder)

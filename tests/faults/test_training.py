@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, read_lines
 from stepladder.data.stream import Batch, Stream
@@ -42,7 +43,7 @@ def tiny_run(name="run", kind="transformer", model=None, **fields) -> Run:
             "seed": 5,
             "model": {"kind": kind, **ARCHITECTURES.get(kind).tiny, **(model or {})},
             "data": {"sequence": 32, "tokenizer": "alphabet", "sources": [{"kind": "task", "task": "copy"}]},
-            "train": {"steps": 6, "batch": 4, "log_every": 1, **fields},
+            "train": {"device": "cpu", "steps": 6, "batch": 4, "log_every": 1, **fields},
         }
     )
 
@@ -70,7 +71,7 @@ class Bench:
         return {name: tensor.detach().clone().numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.fixture()
+@pytest.fixture
 def bench(tmp_path):
     return Bench(tiny_run(), tmp_path)
 
@@ -106,7 +107,7 @@ def test_T5_a_nan_in_the_loss_changes_no_bit_and_names_the_row(bench, monkeypatc
     with monkeypatch.context() as patch:
         poison_forward(patch, bench.model, row=2)
         taken = bench.step()
-    assert taken.refused == "the loss is nan"
+    assert taken.refused == "the loss is nan in nll"
     assert taken.rows == [2]
     assert bench.bits() == before
     assert bench.step().refused is None  # and nothing of it lingers
@@ -139,7 +140,7 @@ def test_T5_skipped_steps_are_counted_named_and_survived(tmp_path, monkeypatch, 
     run_dir = train(tiny_run(), tmp_path, quiet=True)
     events = [line for line in read_lines(run_dir / "metrics.jsonl") if line.get("event") == "skipped"]
     assert [(line["step"], line["rows"]) for line in events] == [(3, [1]), (4, [1])]
-    assert "step 3: skipped: cause the loss is nan" in capsys.readouterr().err
+    assert "step 3: skipped: cause the loss is nan in nll" in capsys.readouterr().err
     summary = read_json(run_dir / "summary.json")
     assert (summary["status"], summary["steps"], summary["updates"], summary["skipped_steps"]) == ("complete", 6, 4, 2)
     losses = [line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
@@ -159,7 +160,7 @@ def test_T5_too_many_skips_in_a_row_are_a_divergence(tmp_path, monkeypatch):
     run_dir = train(run, tmp_path, quiet=True)
     summary = read_json(run_dir / "summary.json")
     assert (summary["status"], summary["steps"], summary["updates"]) == ("diverged", 4, 0)
-    assert summary["reason"] == "4 steps in a row without an update, the last because the loss is nan"
+    assert summary["reason"] == "4 steps in a row without an update, the last because the loss is nan in nll"
     assert summary["final_loss"] is None
     assert load(run_dir).step == 4
     stamp = (run_dir / "summary.json").stat().st_mtime_ns
@@ -390,13 +391,13 @@ def test_C8_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"train.compile needs a C\+\+ compiler"):
-        train(tiny_run(compile=True, device="cpu"), tmp_path / "runs", quiet=True)
+        train(tiny_run(compile=True), tmp_path / "runs", quiet=True)
     assert not (tmp_path / "runs").exists()
 
 
 def test_C8_bf16_computes_in_bf16_and_keeps_masters_in_fp32(tmp_path):
     whole = Bench(tiny_run(), tmp_path).step()
-    half = Bench(tiny_run(precision="bf16", device="cpu"), tmp_path)
+    half = Bench(tiny_run(precision="bf16"), tmp_path)
     seen = []
     for module in half.model.modules():
         if isinstance(module, torch.nn.Linear):

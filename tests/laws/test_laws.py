@@ -14,7 +14,6 @@ def test_architecture_keeps_law(name, law):
     assert finding.passed, f"{name} breaks '{law}': {finding.detail}"
     assert finding.architecture == name
     assert finding.detail
-    assert finding.seconds < 30  # the checks of one architecture are a matter of seconds
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES.names())

@@ -41,7 +41,7 @@ class Job:
     tokenizer: Tokenizer
     run: Run
     config: EvalConfig
-    advance: Callable[[float], object] = float
+    advance: Callable[[float], object] = float  # which does nothing with it
 
 
 @dataclass(frozen=True)

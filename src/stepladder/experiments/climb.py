@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.core.files import read_json, write_json
+from stepladder.data.stream import TaskSource
 from stepladder.experiments.ladder import Ladder, Rung
 from stepladder.run import Run
 
@@ -32,12 +33,14 @@ def climb(
     *,
     jobs: int | None = None,
     plugins: tuple[str, ...] = (),
+    command: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
     """Train and evaluate every run of the ladder under ``root/<ladder name>`` and return that directory.
 
     Runs that are complete are left as they are, interrupted ones go on from their last checkpoint. A run that
-    fails is recorded with the end of its log and counts against its rung; the others go on.
+    fails is recorded with the end of its log and counts against its rung; the others go on. ``command`` is what the
+    page says how to do it again.
     """
     home = root / ladder.name
     home.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def climb(
         for seed in ladder.seeds
         for name, rung in rungs.items()
     ]
-    write_json(home / "ladder.json", describe(ladder, rungs))
+    write_json(home / "ladder.json", {**describe(ladder, rungs), "command": command})
     waiting = [job for job in todo if not finished(home / job.run.name, job.run)]
     if len(waiting) < len(todo):
         say(f"{len(todo) - len(waiting)} of {len(todo)} runs are already done")
@@ -58,7 +61,7 @@ def climb(
 def describe(ladder: Ladder, rungs: dict[str, Rung]) -> dict[str, Any]:
     """What the report needs to know of a ladder, as plain data: ladder.json."""
     control = rungs[ladder.control].run
-    tasks = [source.task.kind for source in control.data.sources if source.kind == "task"]
+    tasks = [source.task.kind for source in control.data.sources if isinstance(source, TaskSource)]
     return {
         "name": ladder.name,
         "control": ladder.control,
@@ -141,8 +144,13 @@ def _start(job: Job, home: Path, plugins: tuple[str, ...]) -> subprocess.Popen[b
 
 
 def _outcome(code: int, home: Path, job: Job) -> str:
+    path = home / job.run.name / "summary.json"
     if code == 0:
-        summary = read_json(home / job.run.name / "summary.json")
-        return f"{summary['status']}, loss {summary['final_loss']:.3f}"
+        summary = read_json(path)
+        loss = summary["final_loss"]
+        return f"{summary['status']}, loss {'none' if loss is None else format(loss, '.3f')}"
     lines = (home / "logs" / f"{job.run.name}.log").read_text(errors="replace").strip().splitlines()
-    return f"failed with exit status {code}: {lines[-1] if lines else 'no output'}"
+    reason = f"exit status {code}: {lines[-1] if lines else 'no output'}"
+    if not path.is_file() and code != -signal.SIGTERM:  # it died without a word, and is not just unfinished
+        write_json(path, {"status": "crashed", "reason": reason, "hash": job.run.hash()})
+    return f"failed with {reason}"

@@ -14,7 +14,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import safe_name
 from stepladder.core.registry import did_you_mean
 from stepladder.data.stream import Stream
-from stepladder.experiments.match import Match, cost, count, match_params
+from stepladder.experiments.match import TOLERANCE, Match, cost, count, match_params
 from stepladder.models.base import Cost
 from stepladder.models.zoo import ARCHITECTURES
 from stepladder.run import Run
@@ -102,7 +102,7 @@ def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
 
 
 def _close(residual: float, match: str) -> bool:
-    return match == "none" or abs(residual) <= 0.01
+    return match == "none" or abs(residual) <= TOLERANCE
 
 
 def _flops(run: Run, price: Cost) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from stepladder.core.errors import UserError
 from stepladder.models.base import Cost
-from stepladder.models.zoo import Spec
+from stepladder.models.zoo import Spec, spec
 
 TOLERANCE = 0.01
 """Largest relative residual at which two rungs count as matched."""
@@ -24,34 +25,53 @@ class Match:
     residual: float
 
 
-def cost(spec: Spec, vocab: int, context: int, ticks: int | None = None) -> Cost:
+def cost(of: Spec, vocab: int, context: int, ticks: int | None = None) -> Cost:
     """Cost of an architecture without allocating it: the model is built on the meta device."""
     with torch.device("meta"):
-        return spec.build(vocab).cost(context, ticks)
+        return of.build(vocab).cost(context, ticks)
 
 
-def count(spec: Spec, vocab: int) -> int:
+def count(of: Spec, vocab: int) -> int:
     """Parameters of an architecture, each counted once, without allocating them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in spec.build(vocab).parameters())
+        return sum(p.numel() for p in of.build(vocab).parameters())
 
 
-def match_params(spec: Spec, target: int, vocab: int) -> Match:
+def sized(name: str, size: str | None, vocab: int, **fields: Any) -> Spec:
+    """Architecture ``name`` at a named size for ``vocab`` token ids, with ``fields`` on top.
+
+    Where the size is a number of parameters ("125M", "1B-16k"), the solver meets it within 5 %, or refuses.
+    """
+    chosen = spec(name, size, **fields)
+    number = re.match(r"(\d+)([MB])(-|$)", size or "")
+    if number is None:
+        return chosen
+    target = int(number[1]) * {"M": 10**6, "B": 10**9}[number[2]]
+    found = match_params(chosen, target, vocab)
+    if abs(found.residual) > 0.05:
+        raise UserError(
+            f"{name} at {size} with a vocabulary of {vocab} has {found.params:,} parameters at best; "
+            "give another size, a smaller vocabulary or tied=true"
+        )
+    return found.spec
+
+
+def match_params(start: Spec, target: int, vocab: int) -> Match:
     """Turn the spec's knobs until it has ``target`` parameters, changing as little as possible.
 
     The finest knob is turned first (parameters grow with it, so bisection finds the nearest count). Only if that
     leaves more than the tolerance are coarser knobs turned, the finest again at each of their values.
     """
-    knobs = [name for name in type(spec).knobs if name in type(spec).model_fields]
-    best = _residual(spec, target, vocab)
+    knobs = [name for name in type(start).knobs if name in type(start).model_fields]
+    best = _residual(start, target, vocab)
     if not knobs or abs(best.residual) <= 0.001:
         return best
-    best = min(best, _bisect(spec, knobs[0], target, vocab), key=lambda m: abs(m.residual))
+    best = min(best, _bisect(start, knobs[0], target, vocab), key=lambda m: abs(m.residual))
     for knob in knobs[1:]:
-        for value in _nearby(getattr(spec, knob)):
+        for value in _nearby(getattr(start, knob)):
             if abs(best.residual) <= TOLERANCE:
                 return best
-            candidate = _with(spec, {knob: value, knobs[0]: None})
+            candidate = _with(start, {knob: value, knobs[0]: None})
             if candidate is not None:
                 best = min(best, _bisect(candidate, knobs[0], target, vocab), key=lambda m: abs(m.residual))
     return best
@@ -62,25 +82,25 @@ def _nearby(value: int) -> list[int]:
     return sorted(range(max(1, value // 4), 4 * value + 1), key=lambda v: abs(v - value))
 
 
-def _with(spec: Spec, fields: dict[str, Any]) -> Spec | None:
+def _with(start: Spec, fields: dict[str, Any]) -> Spec | None:
     """The spec with other fields, or None where they do not go together."""
     try:
-        return type(spec).model_validate({**spec.model_dump(), **fields})
+        return type(start).model_validate({**start.model_dump(), **fields})
     except ValueError:
         return None
 
 
-def _residual(spec: Spec, target: int, vocab: int) -> Match:
-    params = count(spec, vocab)
-    return Match(spec, params, (params - target) / target)
+def _residual(start: Spec, target: int, vocab: int) -> Match:
+    params = count(start, vocab)
+    return Match(start, params, (params - target) / target)
 
 
-def _bisect(spec: Spec, knob: str, target: int, vocab: int) -> Match:
+def _bisect(start: Spec, knob: str, target: int, vocab: int) -> Match:
     low, high = 1, 2 * target
     best: Match | None = None
     while low <= high:
         middle = (low + high) // 2
-        candidate = _with(spec, {knob: middle})
+        candidate = _with(start, {knob: middle})
         if candidate is None:
             break
         try:
@@ -92,4 +112,4 @@ def _bisect(spec: Spec, knob: str, target: int, vocab: int) -> Match:
         if found.params == target:
             break
         low, high = (middle + 1, high) if found.params < target else (low, middle - 1)
-    return best or Match(spec, 0, float("inf"))
+    return best or Match(start, 0, float("inf"))

@@ -53,13 +53,12 @@ def _whole_is_chunks(subject: Subject, mode: Mode, ticks: int | None, packed: bo
         seen = _in_chunks(mode.model, tokens, targets, borders, None, **call)
         meter.close(seen.named, whole.named, f"{split}, {how}")
         meter.states(seen.state, whole.state, f"{split}, {how}", strict=True)
-    for split in ("chunks of one token", "uneven chunks"):
-        for capacity in (length, length + 5):
-            ready = mode.model.init_state(ROWS, capacity, ticks=ticks, key=keys)
-            seen = _in_chunks(mode.model, tokens, targets, _splits(subject)[split], ready, **call)
-            where = f"{split}, preallocated for {capacity} of {length} tokens, {how}"
-            meter.close(seen.named, whole.named, where)
-            meter.states(seen.state, whole.state, where)
+    for split, capacity in (("chunks of one token", length), ("uneven chunks", length + 5)):
+        ready = mode.model.init_state(ROWS, capacity, ticks=ticks, key=keys)
+        seen = _in_chunks(mode.model, tokens, targets, _splits(subject)[split], ready, **call)
+        where = f"{split}, preallocated for {capacity} of {length} tokens, {how}"
+        meter.close(seen.named, whole.named, where)
+        meter.states(seen.state, whole.state, where)
 
 
 def _gradients_cross_chunks(subject: Subject, mode: Mode, meter: Meter) -> None:

@@ -7,15 +7,18 @@ domain), applied after each ingredient; arithmetic is int64 masked to 32 bits, s
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from stepladder.models.base import Context
 
 _MASK = 0xFFFFFFFF
+Word = TypeVar("Word", int, Tensor)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Word) -> Word:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return x ^ (x >> 16)
@@ -25,8 +28,11 @@ def row_keys(key: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """One key a row: a tensor (B,) is taken as it is, an integer is spread over the rows."""
     if isinstance(key, Tensor):
         return key.to(device=device, dtype=torch.int64)
+    # The integer is mixed before it meets the row number: row 2 of key 1 must not be row 1 of key 2.
+    first = _mix(_mix(key & _MASK) ^ ((key >> 32) & _MASK))
+    second = _mix(first ^ 0x9E3779B1)
     rows = torch.arange(batch, device=device, dtype=torch.int64)
-    return (_mix(_mix(rows ^ (key & _MASK)) ^ ((key >> 32) & _MASK)) << 31) ^ _mix(rows + (key & _MASK) + 1)
+    return (_mix(rows ^ first) << 31) ^ _mix(rows ^ second)
 
 
 def uniform(ctx: Context, site: int, lanes: int) -> Tensor:

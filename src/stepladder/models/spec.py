@@ -17,6 +17,17 @@ from stepladder.models.stack import Residual
 
 ARCHITECTURES: Registry[type[Spec]] = Registry("architecture")
 
+SHAPES = {  # name: width, depth, heads. Where the name is a number of parameters, the solver meets it by ``hidden``.
+    "nano": (512, 6, 8),
+    "50M": (512, 8, 8),
+    "125M": (768, 12, 12),
+    "300M": (1024, 20, 16),
+    "350M": (1024, 24, 16),
+    "760M": (1536, 24, 16),
+    "1B": (2048, 18, 16),
+    "1B-16k": (2048, 18, 16),
+}
+
 
 class Spec(Kinded):
     """Base of every architecture's configuration: hyperparameters as documented fields, and ``build``.
@@ -74,7 +85,7 @@ class Macro(Spec):
     tied: bool = Field(False, description="whether the head shares the embedding's weights")
 
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "nano": {"width": 512, "depth": 6, "heads": 8},
+        size: {"width": width, "depth": depth} for size, (width, depth, _) in SHAPES.items()
     }
 
     @property
@@ -96,6 +107,10 @@ class AttentionMacro(Macro):
     positions: Literal["rope", "learned", "none"] = Field("rope", description="how positions are told")
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     max_positions: int = Field(1024, ge=1, description="longest document with learned positions")
+
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+        size: {"width": width, "depth": depth, "heads": heads} for size, (width, depth, heads) in SHAPES.items()
+    } | {"1B-16k": {"width": 2048, "depth": 18, "heads": 16, "kv_heads": 4, "max_positions": 16384}}
 
     def attention_block(self, effective_depth: int) -> list[Residual]:
         """One block of attention and SwiGLU."""

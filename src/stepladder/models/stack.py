@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from operator import add
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,14 @@ class Stack(Part):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
+    def __iter__(self) -> Iterator[Part]:
+        """The parts, in order."""
+        return cast(Iterator[Part], iter(self.parts))
+
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         states = (None,) * len(self.parts) if state is None else state
         after = []
-        for part, before in zip(self.parts, states, strict=True):
+        for part, before in zip(self, states, strict=True):
             if ctx.recompute and torch.is_grad_enabled():
                 # The part is an argument, not a captured loop variable: recomputation must meet the same weights.
                 x_BTD, carried = checkpoint(part, x_BTD, before, ctx, use_reentrant=False, preserve_rng_state=False)
@@ -57,7 +62,7 @@ class Stack(Part):
     def init_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, ticks: int | None
     ) -> State:
-        return tuple(part.init_state(batch, capacity, device, dtype, ticks) for part in self.parts)
+        return tuple(part.init_state(batch, capacity, device, dtype, ticks) for part in self)
 
     def cost(self, context: int, ticks: int | None = None) -> Cost:
-        return reduce(add, (part.cost(context, ticks) for part in self.parts), Cost())
+        return reduce(add, (part.cost(context, ticks) for part in self), Cost())

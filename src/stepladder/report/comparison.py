@@ -13,7 +13,7 @@ import numpy as np
 from stepladder.core import stats
 from stepladder.report.evidence import Cell, Evidence
 
-MARGINS = {"accuracy": 0.02, "bits_per_byte": 0.01}  # when the ladder names none
+MARGINS = {"accuracy": ("margin", 0.02), "bits_per_byte": ("margin_bits", 0.02)}  # in ladder.json, and default
 BIMODAL = 0.1  # seeds whose accuracies spread more than this (sd) do not vary, they disagree
 SOLVED = 0.9
 NEAR = 0.02  # of chance, or of 1: where two models cannot differ
@@ -53,6 +53,7 @@ class Comparison:
     p_equivalent_holm: float | None = None
     detectable: float | None = None  # minimum detectable effect at the level that the correction leaves
     word: str = ""
+    refusal: str = ""  # why this measure may not be judged
     needs: int | None = None  # further seeds that would settle it
     notes: list[str] = field(default_factory=list)
 
@@ -61,12 +62,9 @@ class Comparison:
         return self.unit == "accuracy"
 
 
-def margins(given: Any) -> dict[str, float]:
-    """The ladder's margin: a number is for accuracy; a mapping may name ``accuracy`` and
-    ``bits_per_byte``."""
-    if isinstance(given, int | float):
-        given = {"accuracy": given}
-    return {name: float((given or {}).get(name) or default) for name, default in MARGINS.items()}
+def margins(ladder: dict[str, Any]) -> dict[str, float]:
+    """Differences of accuracy and of bits per byte that count as none, as the ladder has them."""
+    return {unit: float(ladder.get(name) or default) for unit, (name, default) in MARGINS.items()}
 
 
 def measures(evidence: Evidence) -> dict[str, list[Measure]]:
@@ -90,15 +88,12 @@ def compare(
     evidence: Evidence, rung: str, measure: Measure, margin: dict[str, float], alpha: float
 ) -> tuple[Comparison, stats.Difference | None]:
     """The rung against the control, paired over the seeds on which both have ended; None without any."""
-    seeds, cells, source = evidence.seeds_decided(rung), measure.cells, measure.source
-    unit = "bits_per_byte" if source else "accuracy"
+    seeds, cells = evidence.seeds_decided(rung), measure.cells
+    unit = "bits_per_byte" if measure.source else "accuracy"
     c = Comparison(measure.metric, measure.label, unit, margin[unit], seeds, [], [])
     if not seeds:
         return c, None
-    mine, theirs = (
-        [evidence.bits(name, seeds, source)] if source else [evidence.accuracy(name, seeds, cell) for cell in cells]
-        for name in (rung, evidence.control)
-    )
+    mine, theirs = (_outcomes(evidence, name, measure, seeds, rung) for name in (rung, evidence.control))
     c.rung_by_seed, c.control_by_seed = (
         np.mean([cell.mean(axis=1) for cell in arrays], axis=0).tolist() for arrays in (mine, theirs)
     )
@@ -109,7 +104,27 @@ def compare(
         c.low, c.high = d.interval(alpha)
         c.stderr, c.dof, c.p, c.p_equivalent = d.stderr, d.dof, d.p(), d.p_equivalent(c.margin)
     c.notes = _notes(evidence, rung, c, cells)
+    c.refusal = _refusal(evidence, rung, measure)
     return c, d
+
+
+def _outcomes(evidence: Evidence, name: str, measure: Measure, seeds: list[int], rung: str) -> list[np.ndarray]:
+    """Arrays [seeds, items] for one of the two that are compared; one "item" where only whole texts compare."""
+    if not measure.source:
+        return [evidence.accuracy(name, seeds, cell) for cell in measure.cells]
+    if evidence.pairing(rung, measure.source) == "items":
+        return [evidence.bits(name, seeds, measure.source)]
+    return [np.array([[evidence.text(name, seed, measure.source).bits_per_byte()] for seed in seeds])]
+
+
+def _refusal(evidence: Evidence, rung: str, measure: Measure) -> str:
+    """Why nothing may be claimed on this measure; '' if it may be judged."""
+    found = evidence.overlapping([measure.source] if measure.source else {cell.task for cell in measure.cells})
+    if found:
+        return f"{found} of the evaluation items occur in the training data"
+    if measure.source and not evidence.pairing(rung, measure.source):
+        return "evaluated on other stretches of the text than the control, under another tokenizer"
+    return ""
 
 
 def _notes(evidence: Evidence, rung: str, c: Comparison, cells: list[Cell]) -> list[str]:

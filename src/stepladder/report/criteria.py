@@ -22,8 +22,13 @@ COLLAPSE = 1.1  # of the control's perplexity
 SEEDS = 3
 
 
-def criteria(evidence: Evidence, rung: str, primary: list[Comparison], alpha: float) -> list[dict[str, Any]]:
-    """Gain, better beyond the training sizes, training time and perplexity of one rung, in this order."""
+def criteria(
+    evidence: Evidence, rung: str, primary: list[Comparison], refused: str, alpha: float
+) -> list[dict[str, Any]]:
+    """Gain, better beyond the training sizes, training time and perplexity of one rung, in this order.
+
+    ``refused``: the word that stands for all of them where the rung may not be judged, or "".
+    """
     by_metric = {comparison.metric: comparison for comparison in primary}
     entries = [
         _gain(by_metric.get("accuracy_iid")),
@@ -31,9 +36,11 @@ def criteria(evidence: Evidence, rung: str, primary: list[Comparison], alpha: fl
         _time(evidence, rung, alpha),
         _perplexity(evidence, rung, alpha),
     ]
-    refused = next((c.word for c in primary if c.word in ("no claim", "not matched")), "")
+    foul = any(c.refusal and c.unit == "bits_per_byte" for c in primary)
     for entry in entries:
-        if entry["word"] != "not measured" and (refused or len(evidence.seeds) < SEEDS):
+        if entry["word"] != "not measured" and (
+            refused or len(evidence.seeds) < SEEDS or (foul and entry is entries[3])
+        ):
             entry["word"] = refused or "no claim"
     return entries
 
@@ -48,7 +55,8 @@ def _gain(comparison: Comparison | None) -> dict[str, Any]:
     if comparison is None or comparison.difference is None:
         return entry
     entry |= {"value": comparison.difference, "low": comparison.low, "high": comparison.high}
-    return entry | {"word": _word(entry["low"], entry["high"], GAIN, above=True)}
+    word = "no claim" if comparison.refusal else _word(entry["low"], entry["high"], GAIN, above=True)
+    return entry | {"word": word}
 
 
 def _beyond(comparison: Comparison | None) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def _beyond(comparison: Comparison | None) -> dict[str, Any]:
     if comparison is None or comparison.difference is None:
         return entry
     entry |= {"value": comparison.difference, "low": comparison.low, "high": comparison.high}
-    words = {"better": "met", "worse": "not met", "equivalent": "not met"}
+    words = {"better": "met", "worse": "not met", "equivalent": "not met", "no claim": "no claim"}
     return entry | {"word": words.get(comparison.word, "unclear")}  # the corrected word: one claim, one standard
 
 
@@ -68,7 +76,7 @@ def _time(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
         seconds = [run.summary.get("seconds") for run in (mine, theirs) if run.complete]
         if len(seconds) == 2 and all(seconds):
             ratios.append(math.log(float(seconds[0] or 0) / float(seconds[1] or 1)))
-            devices |= {str(run.provenance.get("device")) for run in (mine, theirs)}
+            devices |= mine.devices | theirs.devices
     if len(devices) > 1:
         return entry | {"note": "trained on different devices: " + ", ".join(sorted(devices))}
     return _ratio(entry, ratios, alpha)

@@ -27,6 +27,7 @@ from stepladder.core.registry import did_you_mean
 WORST_BITS_PER_BYTE = 8.0  # a uniform guess over the 256 bytes
 _FAILURES = {"diverged", "failed", "crashed"}
 _COUNTED = ("algorithmic", "likelihood")  # suites whose records are re-counted
+_OVERLAPS = {"exact", "normalised", "canonical"}  # the ways in which an evaluation item can occur in training
 
 
 class Cell(NamedTuple):
@@ -71,6 +72,7 @@ class RunFiles:
     curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # step, tokens, loss
     depth: list[dict[str, Any]] = field(default_factory=list)
     ticks: float | None = None  # mean executed per generated token, as recorded
+    overlap: dict[str, int] = field(default_factory=dict)  # evaluation items found in training, by source
     files: dict[str, str] = field(default_factory=dict)  # relative path -> sha256
 
     @property
@@ -85,6 +87,11 @@ class RunFiles:
     def pending(self) -> bool:
         return not (self.complete or self.failed)
 
+    @property
+    def devices(self) -> set[str]:
+        """Names of the devices that the sessions of this run were trained on."""
+        return {str(session["device"]) for session in self.provenance.get("sessions", []) if "device" in session}
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -98,6 +105,7 @@ class Evidence:
     runs: dict[tuple[str, int], RunFiles]
     cells: list[Cell]
     sources: list[str]
+    trained: dict[str, tuple[int, int]]  # sizes that a task was trained on, where the runs' configuration says so
 
     def of(self, rung: str) -> list[RunFiles]:
         """The runs of a rung, by seed."""
@@ -121,6 +129,22 @@ class Evidence:
             return run.text[source]
         like = next(run.text[source] for run in [*self.of(rung), *self.runs.values()] if run.complete)
         return Text(like.bytes * WORST_BITS_PER_BYTE * math.log(2), like.tokens, like.bytes)
+
+    def pairing(self, rung: str, source: str) -> str:
+        """How a source's likelihoods compare with the control's: by ``items``, by the whole ``text``, or "" not at all.
+
+        Under one tokenizer both were asked the same windows. Under two they were not, but bits per byte of the whole
+        text still compare, if it was the same text to the byte.
+        """
+        runs = [run for run in (*self.of(rung), *self.of(self.control)) if run.complete]
+        if len({run.items[source] for run in runs}) == 1:
+            return "items"
+        return "text" if len({run.text[source].bytes.sum() for run in runs}) == 1 else ""
+
+    def overlapping(self, names: Iterable[str]) -> int:
+        """The largest number of evaluation items of these sources that a run found in its training data."""
+        found = [run.overlap.get(name, 0) for run in self.runs.values() for name in names]
+        return max(found, default=0)
 
     def bits(self, rung: str, seeds: Iterable[int], source: str) -> np.ndarray:
         """[seeds, items] whose mean is bits per byte: each item's bits over the mean number of bytes."""
@@ -150,7 +174,16 @@ def gather(folder: str | Path) -> Evidence:
     _same_items(complete)
     cells = sorted({cell for run in complete for cell in run.correct}, key=lambda c: (c.task, c.regime, c.size))
     sources = sorted({source for run in complete for source in run.text})
-    return Evidence(folder, ladder, control, rungs, seeds, runs, cells, sources)
+    trained = _trained(folder / complete[0].folder / "config.json") if complete else {}
+    return Evidence(folder, ladder, control, rungs, seeds, runs, cells, sources, trained)
+
+
+def _trained(config: Path) -> dict[str, tuple[int, int]]:
+    """The training sizes of every task that occurs once in a run's configuration."""
+    sources = read_json(config).get("data", {}).get("sources", []) if config.is_file() else []
+    tasks = [source["task"] for source in sources if source.get("kind") == "task"]
+    kinds = [task["kind"] for task in tasks]
+    return {t["kind"]: (t["train"][0], t["train"][1]) for t in tasks if kinds.count(t["kind"]) == 1}
 
 
 def _ladder(folder: Path) -> dict[str, Any]:
@@ -170,7 +203,7 @@ def _ladder(folder: Path) -> dict[str, Any]:
     rungs = {
         rung: {k: redact(v) if k in shown else v for k, v in about.items()} for rung, about in ladder["rungs"].items()
     }
-    return {**ladder, "rungs": rungs, "command": redact(ladder.get("command"))}
+    return {**ladder, "rungs": rungs, "command": redact(ladder.get("command")), "ladder": redact(ladder.get("ladder"))}
 
 
 def _run(folder: Path, rung: str, seed: int, place: str) -> RunFiles:
@@ -197,7 +230,12 @@ def _run(folder: Path, rung: str, seed: int, place: str) -> RunFiles:
             run.depth = list(read_json(here / "results_depth.json").get("cells", []))
         if not run.meta and run.complete:
             run.status, run.reason = "not evaluated", "trained, but without results"
-    names = ["config.json", "summary.json", "metrics.jsonl", "provenance.json"]
+    if (here / "data.json").is_file():
+        counts = read_json(here / "data.json").get("overlap", {})
+        run.overlap = {
+            name: max((v for k, v in entry.items() if k in _OVERLAPS), default=0) for name, entry in counts.items()
+        }
+    names = ["config.json", "summary.json", "metrics.jsonl", "provenance.json", "data.json"]
     names += [
         f"{prefix}{suite}{end}" for suite in _COUNTED for prefix, end in (("results_", ".json"), ("records/", ".jsonl"))
     ]
@@ -294,25 +332,26 @@ def _agree(path: Path, claims: dict[Any, Any], counted: dict[Any, Any], what: st
 
 
 def _same_items(complete: list[RunFiles]) -> None:
-    """A paired comparison needs the same items under the same conditions everywhere."""
-    if not complete:
-        return
-    first = complete[0]
-    for run in complete[1:]:
-        pair = f"{first.folder} and {run.folder}"
-        for suite in _COUNTED:
-            for name in ("items_digest", "grid_version", "decoding"):
-                mine, theirs = (r.meta.get(suite, {}).get(name) for r in (first, run))
-                if mine is not None and theirs is not None and mine != theirs:
-                    what = {"items_digest": "different items"}.get(name, f"another {name.replace('_', ' ')}")
-                    raise UserError(
-                        f"{pair} were evaluated on {what} ({suite}): nothing is paired, so nothing can be compared;"
-                        " evaluate them again with one grid and one seed"
-                    )
-        if run.items != first.items:
-            odd = next(k for k in {**first.items, **run.items} if first.items.get(k) != run.items.get(k))
-            label = odd if isinstance(odd, str) else ", ".join(str(part) for part in odd)
-            raise UserError(
-                f"{pair} were evaluated on different items ({label}): nothing is paired, so nothing can be compared;"
-                " evaluate them again with one grid and one seed"
-            )
+    """A paired comparison needs the same items under the same conditions everywhere.
+
+    Windows of text are items of their tokenizer: they need to agree among the runs that share one.
+    """
+    for suite in _COUNTED:
+        first: dict[str, RunFiles] = {}
+        for run in complete:
+            tokenizer = str(run.meta.get(suite, {}).get("tokenizer")) if suite == "likelihood" else ""
+            _same(first.setdefault(tokenizer, run), run, suite)
+
+
+def _same(first: RunFiles, run: RunFiles, suite: str) -> None:
+    end = "nothing is paired, so nothing can be compared; evaluate them again with one grid and one seed"
+    for name in ("items_digest", "grid_version", "decoding"):
+        mine, theirs = (r.meta.get(suite, {}).get(name) for r in (first, run))
+        if mine != theirs:
+            what = {"items_digest": "different items"}.get(name, f"another {name.replace('_', ' ')}")
+            raise UserError(f"{first.folder} and {run.folder} were evaluated on {what} ({suite}): {end}")
+    asked = [{k: v for k, v in r.items.items() if isinstance(k, str) == (suite == "likelihood")} for r in (first, run)]
+    odd = [name for name in {**asked[0], **asked[1]} if asked[0].get(name) != asked[1].get(name)]
+    if odd:
+        label = odd[0] if isinstance(odd[0], str) else ", ".join(str(part) for part in odd[0])
+        raise UserError(f"{first.folder} and {run.folder} were evaluated on different items ({label}): {end}")

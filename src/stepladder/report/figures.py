@@ -120,10 +120,11 @@ def accuracy_by_size(evidence: Evidence, task: str, look: dict[str, Style], name
         sizes = [cell.size for cell in cells]
         if min(sizes) > 0 and max(sizes) >= 8 * min(sizes):
             axes.set_xscale("log")
-        trained = [cell.size for cell in cells if cell.regime == "iid"]
-        if trained:
-            axes.axvspan(min(trained), max(trained), color=_MUTED, alpha=0.13, linewidth=0)
-            axes.text(min(trained), 1.03, " trained", color=_MUTED, fontsize=7.5, va="bottom")
+        shown = [cell.size for cell in cells if cell.regime == "iid"]
+        if shown:
+            low, high = evidence.trained.get(task, (min(shown), max(shown)))
+            axes.axvspan(low, high, color=_MUTED, alpha=0.13, linewidth=0)
+            axes.text(low, 1.03, " trained", color=_MUTED, fontsize=7.5, va="bottom")
         complete = [run for run in evidence.runs.values() if run.complete]
         chance = [next((run.chance[cell] for run in complete if cell in run.chance), np.nan) for cell in cells]
         axes.plot(sizes, chance, color=_MUTED, linewidth=1, linestyle=":")

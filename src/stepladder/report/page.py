@@ -69,6 +69,7 @@ def render(evidence: Evidence, verdict: dict[str, Any]) -> str:
         interval=words.interval,
         link=_link,
         folder=evidence.folder.name,
+        declared=evidence.ladder["ladder"],
         **_drawings(evidence, verdict),
     )
 
@@ -86,7 +87,7 @@ def _drawings(evidence: Evidence, verdict: dict[str, Any]) -> dict[str, Any]:
         depths = [
             {"rung": rung, "svg": figures.depth_map(evidence.of(rung), task, f"depth{n}-{m}")}
             for m, rung in enumerate(evidence.rungs)
-            if any(cell["task"] == task for run in evidence.of(rung) for cell in run.depth)
+            if len({cell["ticks"] for run in evidence.of(rung) for cell in run.depth if cell["task"] == task}) > 1
         ]
         curve = figures.accuracy_by_size(evidence, task, look, f"task{n}")
         panels.append(

@@ -35,12 +35,13 @@ from stepladder.report.words import answer, confidence, headline
 MATCHED = 0.01  # a residual beyond this refuses the verdict
 PARAMS_MARK, FLOPS_MARK = 0.02, 0.05  # beyond these a rung is marked, whatever it was matched on
 POWER = 0.8
+_OWN = {"from_step", "started", "argv"}  # facts of provenance that differ by nature
 
 
 def judge(evidence: Evidence) -> dict[str, Any]:
     """The verdict on a ladder as plain JSON values: the content of verdict.json."""
     alpha = float(evidence.ladder.get("alpha") or 0.05)
-    margin = margins(evidence.ladder.get("margin"))
+    margin = margins(evidence.ladder)
     rungs: dict[str, dict[str, Any]] = {}
     judged: dict[str, list[tuple[Comparison, stats.Difference]]] = {"primary": [], "tasks": []}
     for rung in evidence.rungs:
@@ -52,14 +53,14 @@ def judge(evidence: Evidence) -> dict[str, Any]:
             for measure in asked:
                 comparison, difference = compare(evidence, rung, measure, margin, alpha)
                 about[family].append(comparison)
-                comparison.word = _refused(evidence, about)
+                comparison.word = about["refused"] or ("no claim" if comparison.refusal else "")
                 if difference is not None and not comparison.word:
                     judged[family].append((comparison, difference))
     for comparisons in judged.values():
         _decide(comparisons, alpha)
     for rung, about in rungs.items():
         if about["role"] == "contender":
-            about["criteria"] = criteria(evidence, rung, about["primary"], alpha)
+            about["criteria"] = criteria(evidence, rung, about["primary"], about["refused"], alpha)
         for family in ("primary", "tasks"):
             about[family] = [_plain(asdict(c) | {"higher_is_better": c.higher_is_better}) for c in about[family]]
         if about["role"] != "control":
@@ -103,8 +104,10 @@ def _about(evidence: Evidence, rung: str) -> dict[str, Any]:
     cost["ticks"] = float(np.mean(ticks)) if ticks else None
     residual = _residual(evidence, about, cost, rung)
     declared = residual is not None if about.get("matched") is None else bool(about["matched"])
-    matched = role == "control" or (declared and abs(residual or 0.0) <= MATCHED)
-    marks = _marks(evidence, about, rung) if role == "contender" else []
+    unmatched = evidence.ladder.get("match") == "none"  # asked for: nothing is held equal, costs are only marked
+    matched = unmatched or role == "control" or (declared and abs(residual or 0.0) <= MATCHED)
+    marks = _marks(evidence, about) if role == "contender" else []
+    pending = [seed for seed in evidence.seeds if seed not in evidence.seeds_decided(rung)]
     return {
         "role": role,
         "factor": about.get("factor"),
@@ -113,8 +116,8 @@ def _about(evidence: Evidence, rung: str) -> dict[str, Any]:
         "residual": residual,
         "matched": matched,
         "marks": marks,
-        "overlap": max((int(m.get("overlap") or 0) for r in complete for m in r.meta.values()), default=0),
-        "pending": [s for s in evidence.seeds if s not in evidence.seeds_decided(rung)],
+        "pending": pending,
+        "refused": _refused(evidence, role, matched, pending),
         "primary": [],
         "tasks": [],
         "criteria": [],
@@ -134,28 +137,28 @@ def _residual(evidence: Evidence, about: dict[str, Any], cost: dict[str, Any], r
     return max((float(value) for value in found if value is not None), key=abs, default=None)
 
 
-def _marks(evidence: Evidence, about: dict[str, Any], rung: str) -> list[str]:
-    """ "not parameter-matched" where parameters or FLOPs per token are far from the control's."""
+def _marks(evidence: Evidence, about: dict[str, Any]) -> list[str]:
+    """ "not parameter-matched" or "not FLOP-matched" where a cost is far from the control's, whatever was matched."""
     base = evidence.ladder["rungs"][evidence.control]
-    words = (("params", PARAMS_MARK, "parameters"), ("flops_per_token", FLOPS_MARK, "FLOPs per token"))
-    far = []
-    for name, limit, word in words:
+    marks = []
+    for name, limit, word, unit in (
+        ("params", PARAMS_MARK, "parameter", "parameters"),
+        ("flops_per_token", FLOPS_MARK, "FLOP", "FLOPs per token"),
+    ):
         if base.get(name) and about.get(name):
             ratio = about[name] / base[name] - 1
             if abs(ratio) > limit:
-                far.append(f"{ratio:+.1%} {word}".replace("%", " %"))
-    return [f"not parameter-matched ({', '.join(far)})"] if far else []
+                marks.append(f"not {word}-matched ({100 * ratio:+.1f} % {unit})")
+    return marks
 
 
-def _refused(evidence: Evidence, about: dict[str, Any]) -> str:
-    """The word that stands where nothing may be judged; '' where it may."""
-    if about["role"] == "floor":
+def _refused(evidence: Evidence, role: str, matched: bool, pending: list[int]) -> str:
+    """The word that stands where nothing about a rung may be judged; '' where it may."""
+    if role == "floor":
         return "not judged"
-    if not about["matched"]:
+    if not matched:
         return "not matched"
-    if len(evidence.seeds) < 2 or about["pending"] or about["overlap"]:
-        return "no claim"
-    return ""
+    return "no claim" if len(evidence.seeds) < 2 or pending else ""
 
 
 def _decide(family: list[tuple[Comparison, stats.Difference]], alpha: float) -> None:
@@ -212,16 +215,16 @@ def _run(evidence: Evidence, run: RunFiles) -> dict[str, Any]:
 
 
 def _provenance(evidence: Evidence) -> dict[str, Any]:
-    """Every distinct value of what the runs say about where they come from."""
+    """Every distinct value of what the runs say about where they come from; what is a run's own is left out."""
     found: dict[str, set[str]] = {}
     for run in evidence.runs.values():
-        facts = dict(_leaves(run.provenance))
+        facts = [leaf for session in run.provenance.get("sessions", []) for leaf in _leaves(session)]
         for suite, meta in run.meta.items():
-            facts |= {name: meta[name] for name in ("code", "tokenizer") if name in meta}
-            facts |= {f"{suite} {name}": meta[name] for name in ("grid_version", "items_digest") if name in meta}
-            facts |= {f"{suite} decoding, {k}": v for k, v in (meta.get("decoding") or {}).items()}
-        for name, value in facts.items():
-            found.setdefault(name, set()).add(str(value))
+            facts += [(f"{suite} {name}", meta[name]) for name in ("grid_version", "items_digest") if name in meta]
+            facts += [(f"{suite} decoding, {name}", value) for name, value in (meta.get("decoding") or {}).items()]
+        for name, value in facts:
+            if name not in _OWN:
+                found.setdefault(name, set()).add(str(value))
     return {name: sorted(values) for name, values in sorted(found.items())}
 
 

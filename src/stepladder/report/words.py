@@ -100,26 +100,23 @@ def answer(about: dict[str, Any], confidence: str) -> str:
 
 
 def _settled_by(comparison: dict[str, Any]) -> str:
+    if comparison["refusal"]:
+        return f"; {comparison['refusal']}"
     text = verdict_text(comparison)
     return f"; {text[text.index('(') + 1 : -1]}" if "(" in text else ""
 
 
 def refusal(about: dict[str, Any]) -> str:
     """Why nothing is claimed about a rung; '' if it is judged."""
-    words = {c["word"] for c in about["primary"]}
-    if about["role"] == "floor":
+    if about["refused"] == "not judged":
         return "A floor, shown for scale and not judged"
-    if "not matched" in words:
+    if about["refused"] == "not matched":
         if about["residual"] is None:
             return "Not matched: the ladder does not say how its cost compares with the control's, so no verdict"
         return f"Not matched: it differs from the control's cost by {residual(about['residual'])}, so no verdict"
-    if "no claim" not in words:
-        return ""
     if about["pending"]:
         return f"No claim yet: seed {', '.join(map(str, about['pending']))} has no result, of the rung or the control"
-    if about["overlap"]:
-        return f"No claim: {about['overlap']} evaluation items occur in the training data"
-    return "No claim: one seed says nothing about the next"
+    return "No claim: one seed says nothing about the next" if about["refused"] else ""
 
 
 def headline(verdict: dict[str, Any]) -> str:

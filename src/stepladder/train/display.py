@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+from collections import deque
 from types import TracebackType
 
 from rich.console import Console
@@ -22,8 +23,10 @@ class Display:
     def __init__(self, name: str, budget: Budget, progress: Progress, device: str, quiet: bool) -> None:
         self.name, self.budget, self.progress, self.quiet = name, budget, progress, quiet
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in device), None)
-        self.first = (progress.step, progress.tokens, progress.seconds, progress.flops)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        # Marks of the last seconds: speed is that of now, not watered down by the first step (compilation, caches).
+        self.marks: deque[tuple[int, int, float, float]] = deque(maxlen=40 if self.console.is_terminal else 2)
+        self._mark()
         self.bar: Bar | None = None
         self.task = TaskID(0)
         self.ended = threading.Event()
@@ -60,12 +63,18 @@ class Display:
         while not self.ended.wait(10.0 if self.bar is None else 0.25):
             self._show()
 
+    def _mark(self) -> None:
+        now = self.progress
+        self.marks.append((now.step, now.tokens, now.seconds, now.flops))
+
     def _show(self) -> None:
         if self.bar is None:
             self.say(self.text())
         else:
             self.bar.update(self.task, completed=self._done(), text=self.text())
             self.bar.refresh()
+        if self.progress.step > self.marks[-1][0]:
+            self._mark()
 
     def _done(self) -> float:
         if self.budget.steps is not None:
@@ -75,7 +84,7 @@ class Display:
     def text(self) -> str:
         """Step, running loss, tokens a second, time to go and, on a known GPU, its utilisation."""
         now = self.progress
-        step, tokens, seconds, flops = self.first
+        step, tokens, seconds, flops = self.marks[0]
         spent = max(now.seconds - seconds, 1e-9)
         of = f"/{self.budget.steps}" if self.budget.steps is not None else ""
         parts = [f"step {now.step}{of}"]

@@ -18,7 +18,7 @@ from stepladder.core.files import read_json, write_json
 from stepladder.core.redact import redact
 
 PACKAGE = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "tokenizers")
+_PACKAGES = ("numpy", "pydantic", "safetensors", "tokenizers")
 
 
 def record(run_dir: Path, device: torch.device, step: int) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def _session(device: torch.device, step: int) -> dict[str, Any]:
         "code": code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {"torch": str(torch.__version__), **{name: importlib.metadata.version(name) for name in _PACKAGES}},
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,31 +77,26 @@ def gradient_step(
         sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
         nll_by_row.append(output.nll_BT.detach().sum(1))
 
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norm = get_total_norm(gradients.values())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     *numbers, whole, size = torch.stack([*sums.values(), total, norm]).tolist()  # the step's one synchronisation
     taken = Taken(supervised, dict(zip(sums, numbers, strict=True)), size)
+    refusal: dict[str, Any] = {}
     if not math.isfinite(whole):
-        bad = (~torch.cat(nll_by_row).isfinite()).nonzero()[:, 0].tolist()
-        return _refusal(optimizer, taken, f"the loss is {whole}", rows=bad)
-    if not math.isfinite(size):
-        bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
-        return _refusal(optimizer, taken, f"the gradient norm is {size}", parameters=bad)
-    if taken.loss > limit:
-        return _refusal(optimizer, taken, f"a spike: the loss of {taken.loss:.4g} exceeds {limit:.4g}")
-    clip_grads_with_norm_(model.parameters(), train.clip, norm)
+        terms = ", ".join(name for name, value in taken.sums.items() if not math.isfinite(value))
+        rows = (~torch.cat(nll_by_row).isfinite()).nonzero()[:, 0].tolist()
+        refusal = {"refused": f"the loss is {whole} in {terms or 'total'}", "rows": rows}
+    elif not math.isfinite(size):
+        named = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        bad = [name for name, gradient in named if not bool(gradient.isfinite().all())]
+        refusal = {"refused": f"the gradient norm is {size}", "parameters": bad}
+    elif taken.loss > limit:
+        refusal = {"refused": f"a spike: the loss of {taken.loss:.4g} exceeds {limit:.4g}"}
+    if refusal:
+        optimizer.zero_grad(set_to_none=True)
+        return replace(taken, **refusal)
+    clip_grads_with_norm_(parameters, train.clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     return taken
-
-
-def _refusal(
-    optimizer: torch.optim.Optimizer,
-    taken: Taken,
-    cause: str,
-    rows: list[int] | None = None,
-    parameters: list[str] | None = None,
-) -> Taken:
-    optimizer.zero_grad(set_to_none=True)
-    return Taken(taken.supervised, taken.sums, taken.grad_norm, cause, rows or [], parameters or [])

@@ -27,6 +27,7 @@ class Rung:
     seconds: float = 100.0
     tokenizer: str = "byte-1"
     floor: bool = False
+    overlap: int = 0  # of validation documents with training
     status: dict[int, str] = field(default_factory=dict)  # seed -> status other than complete; "missing": no folder
     extra: dict = field(default_factory=dict)
 
@@ -43,6 +44,7 @@ def ladder(folder: Path, rungs: dict[str, Rung], seeds=(0, 1, 2), items=200, gri
             "seeds": list(seeds),
             "tasks": list(grid),
             "margin": 0.03,
+            "margin_bits": 0.02,
             "alpha": 0.05,
             "command": f"stepladder climb ladders/{folder.name}.yaml",
             "rungs": {
@@ -79,7 +81,8 @@ def place(name: str) -> str:
 def run(here: Path, number: int, rung: Rung, seed: int, items: int, grid: dict, text: bool, curve: int) -> None:
     """One run's folder."""
     draw = key(seed, "synthetic", number).generator()
-    write_json(here / "config.json", {"seed": seed, "model": {"kind": here.name}})
+    sources = [{"kind": "task", "task": {"kind": task, "train": [1, max(ranges[0])]}} for task, ranges in grid.items()]
+    write_json(here / "config.json", {"seed": seed, "model": {"kind": here.name}, "data": {"sources": sources}})
     steps = np.arange(1, curve + 1)
     losses = 0.5 + 3 * np.exp(-steps / (curve / 4)) + draw.normal(0, 0.03, curve)
     append_lines(
@@ -98,7 +101,10 @@ def run(here: Path, number: int, rung: Rung, seed: int, items: int, grid: dict, 
         "peak_memory_bytes": 10_000_000, "skipped_steps": 0, "hash": f"{number:02d}{seed:02d}" + "ab" * 30,
     }  # fmt: skip
     write_json(here / "summary.json", summary)
-    write_json(here / "provenance.json", {"code": "0.1.0", "device": "cpu", "packages": {"torch": "2.13.0"}})
+    session = {"started": f"day {seed}", "device": "cpu", "code": {"version": "0.1.0"}, "packages": {"torch": "2.13.0"}}
+    write_json(here / "provenance.json", {"sessions": [session]})
+    counts = {"documents": 50, "exact": rung.overlap, "normalised": rung.overlap}
+    write_json(here / "data.json", {"fingerprint": "f", "overlap": {"pydoc": counts}})
     if status != "complete":
         return
     meta = {"seed": 1234, "items_digest": "d1", "decoding": {"temperature": 0}, "grid_version": 1, "code": "0.1.0"}
@@ -145,7 +151,13 @@ def likelihood(here: Path, rung: Rung, draw, meta: dict) -> None:
     sizes = key(0, "documents").generator().integers(400, 600, 50)
     bits = rung.bits + draw.normal(0, 0.002) + key(0, "prose").generator().normal(0, 0.3, 50) + draw.normal(0, 0.01, 50)
     nll = bits * sizes * math.log(2)
-    tokens = sizes if rung.tokenizer == "byte-1" else sizes // 3
+    tokens = sizes
+    if rung.tokenizer != "byte-1":  # fewer tokens, in other windows of the same text (or not of all of it)
+        sizes, nll = (column.reshape(-1, 2).sum(axis=1) for column in (sizes, nll))
+        tokens = sizes // 3
+        meta = meta | {"items_digest": rung.tokenizer}
+        if rung.tokenizer == "short":
+            sizes, nll, tokens = sizes[:-1], nll[:-1], tokens[:-1]
     append_lines(
         here / "records" / "likelihood.jsonl",
         [
@@ -153,17 +165,12 @@ def likelihood(here: Path, rung: Rung, draw, meta: dict) -> None:
             for i, (n, t, b) in enumerate(zip(nll, tokens, sizes, strict=True))
         ],
     )
-    total = {"nll": float(nll.sum()), "tokens": int(tokens.sum()), "bytes": int(sizes.sum())}
-    per_byte = total["nll"] / total["bytes"] / math.log(2)
-    entry = {
-        "source": "pydoc",
-        **total,
-        "perplexity": math.exp(total["nll"] / total["tokens"]),
-        "bits_per_byte": per_byte,
-    }
+    total = {"source": "pydoc", "nll": float(nll.sum()), "tokens": int(tokens.sum()), "bytes": int(sizes.sum())}
+    total["perplexity"] = math.exp(total["nll"] / total["tokens"])
+    total["bits_per_byte"] = total["nll"] / total["bytes"] / math.log(2)
     write_json(
         here / "results_likelihood.json",
-        {"suite": "likelihood", "status": "complete", "meta": meta, "likelihood": [entry]},
+        {"suite": "likelihood", "status": "complete", "meta": meta, "likelihood": [total]},
     )
 
 

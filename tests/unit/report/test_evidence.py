@@ -30,6 +30,7 @@ def test_outcomes_are_those_of_the_records(folder):
     cell = Cell("parity", 16, "ood")
     assert cell in evidence.cells
     assert len(evidence.cells) == 8
+    assert evidence.trained == {"parity": (1, 8), "addition": (1, 3)}
     lines = read_lines(folder / "loop-s1" / "records" / "algorithmic.jsonl")
     right = [r["correct"] for r in lines if (r["task"], r["size"]) == ("parity", 16)]
     np.testing.assert_array_equal(evidence.accuracy("loop", [0, 1], cell)[1], np.array(right, dtype=float))

@@ -93,7 +93,7 @@ def test_words_numbers_and_troubles_are_on_the_page(parsed):
         "half, seed 2: unfinished, was started",
         "2 of 15 runs have no result yet",
         "stepladder climb ladders/first.yaml",
-        "stepladder report first",
+        "stepladder report runs/first",
         "at least 5 points more accurate",
         "more seed",
         "accuracy over size and ticks",

@@ -73,7 +73,7 @@ def test_unequal_cost_refuses_the_verdict_and_shows_the_numbers(verdict):
 
 
 def test_other_flops_per_token_are_marked_but_judged(verdict):
-    assert verdict["rungs"]["deep"]["marks"] == ["not parameter-matched (+10.0 % FLOPs per token)"]
+    assert verdict["rungs"]["deep"]["marks"] == ["not FLOP-matched (+10.0 % FLOPs per token)"]
     assert "not matched" not in words(verdict, "deep").values()
 
 
@@ -160,16 +160,35 @@ def test_a_failed_control_seed_counts_for_the_rung_and_is_said(synthetic, tmp_pa
     assert any("plain: seed 0 failed" in note for note in c["notes"])
 
 
-def test_items_found_in_training_block_claims(synthetic, tmp_path):
-    rungs = {"plain": synthetic.Rung(), "loop": synthetic.Rung(iid=0.95)}
-    folder = small(synthetic, tmp_path / "x", rungs)
-    path = folder / "loop-s1" / "results_algorithmic.json"
-    results = read_json(path)
-    results["meta"]["overlap"] = 3
-    write_json(path, results)
-    verdict = judge(gather(folder))
-    assert set(words(verdict, "loop").values()) == {"no claim"}
-    assert "3 evaluation items occur in the training data" in verdict["rungs"]["loop"]["answer"]
+def test_items_found_in_training_block_claims_on_their_measure(synthetic, tmp_path):
+    rungs = {"plain": synthetic.Rung(), "loop": synthetic.Rung(iid=0.95, bits=1.5, overlap=3)}
+    loop = judge(gather(small(synthetic, tmp_path / "x", rungs)))["rungs"]["loop"]
+    assert [c["word"] for c in loop["primary"]] == ["better", "inconclusive", "no claim"]
+    assert "No claim in bits per byte on pydoc (−0.5" in loop["answer"]
+    assert "3 of the evaluation items occur in the training data" in loop["answer"]
+    assert [c["word"] for c in loop["criteria"]] == ["met", "unclear", "met", "no claim"]
+
+
+def test_another_tokenizer_compares_by_the_whole_text(synthetic, tmp_path):
+    rungs = {"plain": synthetic.Rung(), "bpe": synthetic.Rung(bits=1.8, tokenizer="bpe-512")}
+    verdict = judge(gather(small(synthetic, tmp_path / "x", rungs)))
+    bits = verdict["rungs"]["bpe"]["primary"][2]
+    assert (bits["word"], bits["items"]) == ("better", 1)
+    assert bits["difference"] == pytest.approx(-0.2, abs=0.01)
+
+
+def test_another_stretch_of_text_supports_no_claim(synthetic, tmp_path):
+    rungs = {"plain": synthetic.Rung(), "cut": synthetic.Rung(bits=1.8, tokenizer="short")}
+    bits = judge(gather(small(synthetic, tmp_path / "x", rungs)))["rungs"]["cut"]["primary"][2]
+    assert bits["word"] == "no claim"
+    assert "other stretches of the text" in bits["refusal"]
+
+
+def test_a_ladder_that_matches_nothing_is_judged_and_marked(synthetic, tmp_path):
+    rungs = {"plain": synthetic.Rung(), "big": synthetic.Rung(iid=0.95, params=200_000, residual=1.0)}
+    verdict = judge(gather(small(synthetic, tmp_path / "x", rungs, match="none")))
+    assert words(verdict, "big")["accuracy_iid"] == "better"
+    assert verdict["rungs"]["big"]["marks"] == ["not parameter-matched (+100.0 % parameters)"]
 
 
 def test_a_match_is_measured_not_believed(synthetic, tmp_path):
@@ -200,7 +219,7 @@ def test_notes_on_chance_ceiling_and_disagreeing_seeds(synthetic, tmp_path):
 
 def test_a_real_but_small_difference_is_equivalent_with_a_note(synthetic, tmp_path):
     rungs = {"plain": synthetic.Rung(), "loop": synthetic.Rung(bits=1.97)}
-    folder = small(synthetic, tmp_path / "x", rungs, margin={"bits_per_byte": 0.1, "accuracy": 0.05})
+    folder = small(synthetic, tmp_path / "x", rungs, margin_bits=0.1)
     bits = judge(gather(folder))["rungs"]["loop"]["primary"][2]
     assert bits["p_holm"] < 0.05
     assert bits["word"] == "equivalent"
@@ -211,7 +230,7 @@ def test_training_on_another_device_is_not_timed(synthetic, tmp_path):
     rungs = {"plain": synthetic.Rung(), "loop": synthetic.Rung()}
     folder = small(synthetic, tmp_path / "x", rungs)
     for seed in range(3):
-        write_json(folder / f"loop-s{seed}" / "provenance.json", {"device": "H100"})
+        write_json(folder / f"loop-s{seed}" / "provenance.json", {"sessions": [{"device": "H100"}]})
     time = judge(gather(folder))["rungs"]["loop"]["criteria"][2]
     assert (time["word"], time["value"]) == ("not measured", None)
     assert "different devices: H100, cpu" in time["note"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from stepladder.core.files import read_json, verify_manifest
 from stepladder.run import TrainConfig, checkpoints, latest_checkpoint
 from stepladder.train import checkpoint
@@ -11,7 +12,7 @@ from stepladder.train.optim import adamw
 from stepladder.train.session import build
 
 
-@pytest.fixture()
+@pytest.fixture
 def trained(tiny):
     run = tiny()
     model = build(run, 20)

@@ -8,6 +8,7 @@ import json
 import math
 
 import pytest
+
 from stepladder.run import TrainConfig
 from stepladder.train.loop import MEMORY, SETTLED, Budget, Progress, _spike, fit
 from stepladder.train.step import Taken

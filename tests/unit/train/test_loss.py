@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from stepladder.core.errors import UserError
 from stepladder.models.base import IGNORE, Output
 from stepladder.train.loss import objective

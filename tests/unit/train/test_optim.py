@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from stepladder.core.errors import UserError
 from stepladder.run import TrainConfig
 from stepladder.train.optim import adamw, learning_rate, never_updated, optimizer_tensors, restore_optimizer
@@ -31,24 +32,28 @@ def test_schedules_have_the_documented_values(schedule, values):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
-@pytest.mark.parametrize("fields", [{}, {"warmup": 0.0}, {"warmup": 0.9, "decay": 0.5}, {"decay": 1.0}, {"min_lr": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"warmup": 0.0}, {"warmup": 0.9, "decay": 0.5}, {"decay": 1.0}, {"min_lr": 0.0}]
+)
 def test_schedules_have_no_jumps_and_rise_and_fall_once(schedule, fields):
     train = config(schedule=schedule, **fields)
     rates = [learning_rate(train, step / 1000) for step in range(1001)]
-    assert max(abs(after - before) for before, after in itertools.pairwise(rates)) < 0.012
+    assert max(abs(after - before) for before, after in itertools.pairwise(rates)) < 0.02
     peak = rates.index(max(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert max(rates) == pytest.approx(1.0, abs=0.02)
 
 
-def test_matrices_decay_norms_and_embeddings_do_not(tiny):
-    run = tiny(model={"positions": "learned"})
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_decay_norms_and_embeddings_do_not(tiny, tied):
+    run = tiny(model={"positions": "learned", "tied": tied})
     model = build(run, 20)
     decaying, kept = adamw(model, run.train).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert all("norm" not in names[id(p)] and "embed" not in names[id(p)] for p in decaying["params"])
     assert {names[id(p)] for p in kept["params"]} >= {"embed.tokens.weight", "embed.positions.weight", "norm.weight"}
+    assert ("head.own.weight" in {names[id(p)] for p in decaying["params"]}) is not tied
     assert decaying["weight_decay"] == run.train.weight_decay
     assert kept["weight_decay"] == 0.0
     assert len(decaying["params"]) + len(kept["params"]) == len(names)

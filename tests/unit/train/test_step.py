@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+
 from stepladder.data.stream import Stream
 from stepladder.models.base import IGNORE
 from stepladder.models.noise import row_keys
@@ -15,7 +17,7 @@ from stepladder.train.session import build
 from stepladder.train.step import gradient_step
 
 
-@pytest.fixture()
+@pytest.fixture
 def setting(tiny, tmp_path):
     """(run, model, optimizer, batch), with noise in the model and no clipping in reach."""
     run = tiny(model={"dropout": 0.2}, clip=1e9, micro=2)
@@ -59,7 +61,7 @@ def test_the_rate_asked_for_is_the_rate_used(setting):
     gradient_step(model, optimizer, batch, run.train, lr=0.0, noise=9)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     gradient_step(model, optimizer, batch, run.train, lr=1e-3, noise=9)
-    moved = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), before, strict=True))
+    moved = max(float((p.detach() - q).abs().max()) for p, q in zip(model.parameters(), before, strict=True))
     assert 5e-4 < moved < 2e-3  # Adam moves by about the rate
 
 
@@ -70,4 +72,19 @@ def test_a_loss_above_the_limit_is_refused(setting):
     assert taken.refused.startswith("a spike: the loss of")
     assert math.isfinite(taken.loss)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not optimizer.state
+
+
+def test_a_named_loss_that_is_not_finite_is_named(setting, monkeypatch):
+    run, model, optimizer, batch = setting
+    real = model.forward
+
+    def forward(*args, **kwargs):
+        output = real(*args, **kwargs)
+        return dataclasses.replace(output, losses={"ponder": torch.full_like(output.nll_BT, math.inf)})
+
+    monkeypatch.setattr(model, "forward", forward)
+    taken = gradient_step(model, optimizer, batch, run.train, lr=1.0, noise=9)
+    assert taken.refused == "the loss is inf in ponder"
+    assert taken.rows == []
     assert not optimizer.state

@@ -15,7 +15,7 @@ CHUNK = 2**24
 
 
 class SoftmaxHead(nn.Module):
-    """Logits = W h, small at the start. ``tied`` is the embedding whose weight is used; without it the head has its own."""
+    """Logits = W h, small at the start. ``tied`` is the embedding whose weight is used, None for an own one."""
 
     def __init__(self, width: int, vocab: int, tied: nn.Embedding | None = None) -> None:
         super().__init__()

@@ -57,33 +57,23 @@ class Attention(Part):
         self.out = linear(width, width, gain)
 
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        batch, tokens, width = x_BTD.shape
+        batch, tokens, _ = x_BTD.shape
         qkv = self.project(x_BTD).view(batch, tokens, -1, self.head_width)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.rope_base is not None:
-            q = rotate(q.transpose(1, 2), ctx.positions_BT, self.rope_base).transpose(1, 2)
-            k = rotate(k.transpose(1, 2), ctx.positions_BT, self.rope_base).transpose(1, 2)
-        past, state = _extend(state, k, v)
-        mask = _visible(past, state, ctx.positions_BT) if ctx.packed or past is not None else None
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            self._per_query_head(state.k_BSGK),
-            self._per_query_head(state.v_BSGK),
-            attn_mask=mask,
-            is_causal=mask is None,
-        )
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, width)), state
-
-    def _per_query_head(self, x_BSGK: Tensor) -> Tensor:
-        """(B, S, G, K) -> (B, H, S, K), each key/value head shared by H/G query heads."""
-        return x_BSGK.repeat_interleave(self.heads // self.kv_heads, dim=2).transpose(1, 2)
+            qk = rotate(qk.transpose(1, 2), ctx.positions_BT, self.rope_base).transpose(1, 2)
+        q, k = qk.split((self.heads, self.kv_heads), dim=2)
+        past, state = extend(state, k, v)
+        mask = None
+        if ctx.packed or past is not None:
+            here_T = torch.arange(tokens, device=x_BTD.device)
+            mask = visible(past, here_T, ctx.positions_BT, state.k_BSGK.shape[1])
+        return self.out(attend(q, state.k_BSGK, state.v_BSGK, mask, causal=mask is None)), state
 
     def init_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, ticks: int | None
     ) -> State:
-        shape = (batch, capacity, self.kv_heads, self.head_width)
-        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return FixedCache(k, v, torch.zeros(batch, device=device, dtype=torch.int64))
+        return empty_cache(batch, capacity, self.kv_heads, self.head_width, device, dtype)
 
     def cost(self, context: int, ticks: int | None = None) -> Cost:
         """Scores are counted as computed: every query against every key, masked or not."""
@@ -93,7 +83,7 @@ class Attention(Part):
         return Cost(params, 2 * params + 4 * context * width, state)
 
 
-def _extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | FixedCache]:
+def extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | FixedCache]:
     """Append keys and values. Returns how many entries each row had (None at the start) and the new cache."""
     if state is None:
         return None, Cache(k, v)
@@ -116,11 +106,35 @@ def _extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | 
     )
 
 
-def _visible(past_B: Tensor | None, state: Cache | FixedCache, positions_BT: Tensor) -> Tensor:
-    """Boolean mask (B, 1, T, S): key j is in the query's document and not after it."""
-    tokens, size = positions_BT.shape[1], state.k_BSGK.shape[1]
-    steps = torch.arange(tokens, device=positions_BT.device)
-    here = steps[None, :] if past_B is None else past_B[:, None] + steps
-    keys = torch.arange(size, device=positions_BT.device)
-    first = here - positions_BT
-    return ((keys >= first[:, :, None]) & (keys <= here[:, :, None]))[:, None]
+def empty_cache(
+    batch: int, capacity: int, heads: int, head_width: int, device: torch.device, dtype: torch.dtype
+) -> FixedCache:
+    """A preallocated cache with nothing in it."""
+    shape = (batch, capacity, heads, head_width)
+    k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+    return FixedCache(k, v, torch.zeros(batch, device=device, dtype=torch.int64))
+
+
+def visible(past_B: Tensor | None, index_BQ: Tensor, positions_BQ: Tensor, size: int) -> Tensor:
+    """Boolean mask (B, 1, Q, size): key j is in the query's document and not after it.
+
+    past_B: tokens before this call, None for none. index_BQ: places of the queries in this call, (Q,) if they are
+    the same in every row. positions_BQ: positions in the document. size: entries of the cache.
+    """
+    here = index_BQ if past_B is None else past_B[:, None] + index_BQ
+    keys = torch.arange(size, device=positions_BQ.device)
+    first = here - positions_BQ
+    return ((keys >= first[..., None]) & (keys <= here[..., None]))[:, None]
+
+
+def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    """Softmax attention of Q queries over S keys, each key/value head shared by H/G query heads: (B, Q, H x K).
+
+    mask: boolean (B, 1, Q, S), None for none; every query must see a key. causal: query i sees keys 0..i.
+    """
+    shared = q_BQHK.shape[2] // k_BSGK.shape[2]
+    k, v = (x if shared == 1 else x.repeat_interleave(shared, dim=2) for x in (k_BSGK, v_BSGK))
+    y = F.scaled_dot_product_attention(
+        q_BQHK.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal
+    )
+    return y.transpose(1, 2).flatten(2)
