@@ -313,3 +313,11 @@ def publish_dir(temporary: str | Path, final: str | Path) -> bool:
         return False
     _sync_folder(final.parent)
     return True
+
+
+def source_digest(package: Path) -> str:
+    """SHA-256 over a package's Python files: uncommitted changes show, and no version control is needed."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,14 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from stepladder.core.config import canonical
-from stepladder.core.files import append_lines, write_json
+from stepladder.core.files import append_lines, source_digest, write_json
 from stepladder.core.registry import Registry
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.eval.decode import evaluating
 from stepladder.models.lm import LanguageModel
 from stepladder.run import EvalConfig, Loaded, Run
+
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 GRID_VERSION = "1"
 """Raise when the same configuration comes to mean other items or another rule of scoring."""
@@ -199,7 +201,7 @@ def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
         "run": loaded.run.hash(),
         "step": loaded.step,
         "tokenizer": loaded.tokenizer.fingerprint,
-        "code": code_digest(),
+        "code": source_digest(_PACKAGE),
         "packages": {name: version(name) for name in ("stepladder", "torch", "numpy")},
         "device": next((p.device.type for p in model.parameters()), "cpu"),
     }
@@ -211,14 +213,4 @@ def weights_digest(model: torch.nn.Module) -> str:
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 over the package's Python files, as in a run's provenance: uncommitted changes show, no git needed."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

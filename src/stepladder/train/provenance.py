@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stepladder.core.files import read_json, write_json
+from stepladder.core.files import read_json, source_digest, write_json
 from stepladder.core.redact import redact
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -54,14 +53,11 @@ def device_name(device: torch.device) -> str:
 
 def code() -> dict[str, Any]:
     """Version, SHA-256 over the package's Python files and, if they are under version control, the commit."""
-    sources = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        sources.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     tracked = _git("ls-files", "--error-unmatch", "run.py") is not None  # not just inside somebody's repository
     changes = _git("status", "--porcelain", "--", ".") if tracked else None
     return {
         "version": importlib.metadata.version("stepladder"),
-        "sources": sources.hexdigest(),
+        "sources": source_digest(PACKAGE),
         "commit": _git("rev-parse", "HEAD") if tracked else None,
         "modified": None if changes is None else bool(changes),
     }
