@@ -144,7 +144,14 @@ def test_train_evaluate_sample_and_read_back(stepladder, tmp_path):
     again = stepladder(*words, "eval.samples=5", "--name", "one")
     assert again.returncode == 0, again.stderr
     run = tmp_path / "runs" / "one"
-    for file in ("config.json", "summary.json", "metrics.jsonl", "loss.png", "accuracy.png", "results_algorithmic.json"):
+    for file in (
+        "config.json",
+        "summary.json",
+        "metrics.jsonl",
+        "loss.png",
+        "accuracy.png",
+        "results_algorithmic.json",
+    ):
         assert (run / file).is_file(), file
     assert json.loads((run / "summary.json").read_text())["status"] == "complete"
 

@@ -1,6 +1,6 @@
 """The first 20 losses of three tiny runs. A change that moves them says why in the CHANGELOG, then writes them anew:
 
-    STEPLADDER_WRITE_GOLDEN=1 python -m pytest tests/e2e/test_golden.py
+STEPLADDER_WRITE_GOLDEN=1 python -m pytest tests/e2e/test_golden.py
 """
 
 import json
