@@ -190,10 +190,9 @@ def test_climb_on_a_text_of_ones_own_and_report_again(stepladder, tmp_path):
 
 
 def test_climb_refuses_two_factors(stepladder, tmp_path):
-    text = Path("ladders/first.yaml").read_text()
-    text = text.replace("{model.kind: shared_loop}", "{model.kind: shared_loop, train.lr: 0.1}")
-    (tmp_path / "two.yaml").write_text(text)
-    done = stepladder("climb", "two.yaml")
+    ladder = Path("ladders/first.yaml").resolve()
+    rungs = "rungs={transformer: {}, both: {model.kind: shared_loop, train.lr: 0.1}}"
+    done = stepladder("climb", ladder, rungs, "floors=[]")
     assert done.returncode == 2
     assert "changes 2 factors (model.kind, train.lr)" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -49,13 +49,15 @@ def _whole_is_chunks(subject: Subject, mode: Mode, ticks: int | None, packed: bo
     call = {"documents": documents, "ticks": ticks, "key": keys}
     whole = observe(mode.model, tokens, targets, **call)
     how = f"{mode.label}, {'packed documents' if packed else 'one document'}, ticks={ticks}"
-    for split, borders in _splits(subject).items():
-        seen = _in_chunks(mode.model, tokens, targets, borders, None, **call)
+    splits = _splits(subject)
+    tried = list(splits) if ticks is None else list(splits)[:2]  # other budgets take no other path at a border
+    for split in tried:
+        seen = _in_chunks(mode.model, tokens, targets, splits[split], None, **call)
         meter.close(seen.named, whole.named, f"{split}, {how}")
         meter.states(seen.state, whole.state, f"{split}, {how}", strict=True)
     for split, capacity in (("chunks of one token", length), ("uneven chunks", length + 5)):
         ready = mode.model.init_state(ROWS, capacity, ticks=ticks, key=keys)
-        seen = _in_chunks(mode.model, tokens, targets, _splits(subject)[split], ready, **call)
+        seen = _in_chunks(mode.model, tokens, targets, splits[split], ready, **call)
         where = f"{split}, preallocated for {capacity} of {length} tokens, {how}"
         meter.close(seen.named, whole.named, where)
         meter.states(seen.state, whole.state, where)
