@@ -85,9 +85,13 @@ def budget(subject: Subject) -> str:
     tried = sorted({1, max(1, own - 1), own, own + 1, 2 * own})
     for ticks in tried:
         _honoured(subject, model, ticks)
-    executed = [counted(model, subject, 12, ticks)[0] for ticks in tried]
-    halting = bool((reported < own).any())
-    if not halting and not all(a < b for a, b in pairwise(executed)):
+    runs = [counted(model, subject, 12, ticks) for ticks in tried]
+    executed = [flops for flops, _, _ in runs]
+    # More must be executed for a larger budget, as long as somebody says to have used it; and for some budget, anyway.
+    if max(executed) <= executed[0] or not all(
+        a < b or last != ticks
+        for (a, b), (_, _, last), ticks in zip(pairwise(executed), runs[1:], tried[1:], strict=True)
+    ):
         raise Violation(
             f"ticks {tried} execute {[round(flops) for flops in executed]} FLOPs per token: not more for more"
         )
@@ -108,8 +112,9 @@ def _honoured(subject: Subject, model: LanguageModel, ticks: int) -> None:
     reported = out.trace["ticks"]
     if int(reported.min()) < 1 or int(reported.max()) > ticks:
         raise Violation(f"asked for ticks={ticks}, reported {int(reported.min())} to {int(reported.max())}")
-    flops, last = counted(model, subject, 12, ticks)[0], int(reported.max())
-    declared = [model.cost(12, budget).flops for budget in {ticks, last}]
+    last = int(reported.max())
+    flops, _, used = counted(model, subject, 12, ticks)  # on tokens of its own
+    declared = [model.cost(12, budget).flops for budget in (ticks, used)]
     if min(_off(each, flops) for each in declared) > MARGIN:
         raise Violation(
             f"asked for ticks={ticks}, reported {last}, but {flops:,.0f} FLOPs per token are executed "
