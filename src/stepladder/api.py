@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stepladder.experiments import ladder as ladders
 from stepladder.experiments.match import sized
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import ARCHITECTURES
+from stepladder.plugins import load as load_plugins
 from stepladder.report import page
 from stepladder.run import Loaded, cache_folder
 from stepladder.run import load as load_run
@@ -38,8 +39,12 @@ def build(name: str, vocab: int, size: str | None = None, seed: int = 0, **field
         return sized(name, size, vocab, **fields).build(vocab)
 
 
-def load(run_dir: str | Path) -> Loaded:
-    """A trained run: ``.model`` (in eval mode), ``.tokenizer``, ``.run`` and the ``.step`` of its checkpoint."""
+def load(run_dir: str | Path, plugins: Sequence[str | Path] = ()) -> Loaded:
+    """A trained run: ``.model`` (in eval mode), ``.tokenizer``, ``.run`` and the ``.step`` of its checkpoint.
+
+    plugins: files that register the architecture or tasks of the run, if they are not of the package.
+    """
+    load_plugins(plugins)
     return load_run(Path(run_dir))
 
 
@@ -57,15 +62,18 @@ def climb(
     text: str | Path | None = None,
     runs: str | Path = "runs",
     jobs: int | None = None,
-    plugins: tuple[str, ...] = (),
+    plugins: Sequence[str | Path] = (),
     say: Callable[[str], None] = print,
 ) -> Path:
     """Climb a ladder file and return the path of its page.
 
     overrides: ``run.train.steps=500`` and the like. text: a text or jsonl(.gz) file in place of the ladder's
     corpora. jobs: runs at a time; default: CPU cores / threads per run. plugins: files that register architectures.
+    Runs that failed, or could not be started, do not stop the others or the page; at the end they raise Failed, a
+    SystemExit with status 1. SIGTERM and SIGINT end in SystemExit with 143 and 130 when all checkpoints are safe.
     """
-    runs = Path(runs)
+    load_plugins(plugins)
+    runs, files = Path(runs), tuple(map(str, plugins))
     ladder = ladders.read(Path(path), list(overrides), str(text) if text is not None else None)
     rungs = ladders.expand(ladder, cache_folder())
     for name, rung in rungs.items():
@@ -73,6 +81,16 @@ def climb(
             f"{name:>16}  {rung.params:>11,} parameters ({rung.residual:+.2%})  "
             f"{rung.cost.flops:>12,.0f} FLOPs/token  {rung.factor}"
         )
-    command = shlex.join(["stepladder", "climb", str(path), *overrides, *(["--text", str(text)] if text else [])])
-    home = climbing.climb(ladder, rungs, runs, jobs=jobs, plugins=plugins, command=command, say=say)
-    return page.write(home)
+    flags = [
+        *(["--text", str(text)] if text is not None else []),
+        *(["--runs", str(runs)] if runs != Path("runs") else []),
+        *(word for file in files for word in ("--plugin", file)),
+    ]
+    command = shlex.join(["stepladder", "climb", str(path), *overrides, *flags])
+    home, failed = climbing.climb(ladder, rungs, runs, jobs=jobs, plugins=files, command=command, say=say)
+    written = page.write(home)
+    if failed:
+        which = f"{len(failed)} {'run has' if len(failed) == 1 else 'runs have'} no result ({', '.join(failed)})"
+        say(f"{which}; the same command tries again; page: {written}")
+        raise climbing.Failed(1)
+    return written

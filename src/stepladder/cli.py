@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
+from typer.core import TyperGroup
 
+from stepladder import plugins
 from stepladder.core.errors import UserError
+
+if TYPE_CHECKING:
+    from stepladder.run import Loaded
+
+
+class Group(TyperGroup):
+    """Ctrl-C in any command is one word and exit status 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="stepladder",
+    cls=Group,
     help="A laboratory for language models that take steps: laws admit architectures, evidence admits verdicts.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,7 +46,12 @@ app = typer.Typer(
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value, such as model.width=256", show_default=False)]
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="Python file that registers architectures, tasks")]
+LadderOverrides = Annotated[
+    list[str] | None, typer.Argument(help="path=value, such as run.train.steps=500", show_default=False)
+]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", help="Python file that registers architectures, tasks, suites")
+]
 Runs = Annotated[Path, typer.Option(help="directory that holds runs")]
 Ticks = Annotated[int | None, typer.Option(min=1, help="tick budget of a loop; default: the architecture's own")]
 
@@ -46,17 +73,17 @@ def train(
     plugin: Plugins = None,
 ) -> None:
     """Train one run, then evaluate it. Interrupted, it goes on from its last checkpoint."""
-    _plug(plugin)
+    plugins.load(plugin or ())
     from stepladder import run as running
     from stepladder.eval import suite
     from stepladder.train import session
 
-    flags = {"model": model, "tasks": tasks, "text": text, "steps": steps}
+    flags = {"model": model, "tasks": ",".join(_names(tasks)) or tasks, "text": text, "steps": steps}
     run = running.read(config, overrides or [], flags, name=name, seed=seed)
-    home = session.train(run, runs, evaluate=suite.quick, extend=extend, quiet=quiet)
-    if evaluate:
+    home = session.train(run, runs, evaluate=suite.quick, rehearse=suite.check, extend=extend, quiet=quiet)
+    if evaluate and not suite.done(home, run):
         _print_results(suite.evaluate(running.load(home), run.eval.suites, home, quiet=quiet), quiet)
-    console.print(f"run: {home}", highlight=False)
+    _say(f"run: {home}")
 
 
 @app.command(name="eval")
@@ -67,16 +94,14 @@ def evaluate_run(
     plugin: Plugins = None,
 ) -> None:
     """Evaluate a trained run on suites; writes per-example records and results beside it."""
-    _plug(plugin)
-    from stepladder import run as running
+    loaded = _load(run, plugin)
     from stepladder.core.config import override, validate
     from stepladder.eval import suite
+    from stepladder.run import EvalConfig
 
-    loaded = running.load(run)
     tree = override(loaded.run.eval.model_dump(mode="json"), overrides or [])
-    config = validate(running.EvalConfig, tree, "eval")
-    names = tuple(suites.split(",")) if suites else config.suites
-    results = suite.evaluate(loaded, names, run, config)
+    config = validate(EvalConfig, tree, "eval")
+    results = suite.evaluate(loaded, _names(suites) or config.suites, run, config)
     _print_results(results, quiet=False)
     if any(result.get("status") == "failed" for result in results):
         raise typer.Exit(1)
@@ -95,31 +120,36 @@ def sample(
     plugin: Plugins = None,
 ) -> None:
     """Continue prompts with a trained run."""
-    _plug(plugin)
+    loaded = _load(run, plugin)
     from stepladder.eval.decode import continue_texts
-    from stepladder.run import load
 
     options: dict[str, Any] = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    texts = continue_texts(load(run), prompts, key=seed, ticks=ticks, **options)
+    texts = continue_texts(loaded, prompts, key=seed, ticks=ticks, **options)
     for prompt, found in zip(prompts, texts, strict=True):
-        console.print(f"[bold]{_plain(prompt)}[/bold]{_plain(found.text)}  [dim]({found.stop})[/dim]", highlight=False)
+        # Segments go out as they are: no wrapping, no markup, no emoji, tabs stay tabs.
+        parts = [
+            Segment(prompt, Style(bold=True)),
+            Segment(found.text),
+            Segment(f"  ({found.stop})\n", Style(dim=True)),
+        ]
+        console.print(Segments(parts), soft_wrap=True, end="")
 
 
 @app.command()
 def climb(
     ladder: Annotated[Path, typer.Argument(help="ladder file")],
-    overrides: Overrides = None,
+    overrides: LadderOverrides = None,
     text: Annotated[str | None, typer.Option(help="text or jsonl(.gz) file in place of the ladder's corpora")] = None,
     runs: Runs = Path("runs"),
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: cores / threads")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Train and evaluate every rung of a ladder, judge it against its control, and write the page."""
-    _plug(plugin)
+    plugins.load(plugin or ())
     from stepladder import api
 
-    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-    page = api.climb(ladder, *(overrides or []), text=text, runs=runs, jobs=jobs, plugins=tuple(plugin or ()), say=say)
+    files = tuple(plugin or ())
+    page = api.climb(ladder, *(overrides or []), text=text, runs=runs, jobs=jobs, plugins=files, say=_say)
     _print_verdict(page)
 
 
@@ -138,20 +168,17 @@ def check(
     plugin: Plugins = None,
 ) -> None:
     """Check an architecture against the laws; exit status 1 if it breaks one."""
-    names = _plug([subject]) if subject.endswith(".py") else [subject]
-    _plug(plugin)
-    from stepladder.laws import check as run_laws
+    plugins.load(plugin or ())
+    names = plugins.load([subject]) if subject.endswith(".py") else [subject]
+    if not names:
+        raise UserError(f"{subject} registers no architecture; check is for architectures")
     from stepladder.laws import probe
 
     broken = False
     for name in names:
-        table = Table("law", "holds", "finding", "seconds", title=name)
-        for finding in run_laws(name, only=tuple(laws.split(",")) if laws else None):
-            mark = "[green]yes[/green]" if finding.passed else "[bold red]no[/bold red]"
-            table.add_row(finding.law, mark, _plain(finding.detail), f"{finding.seconds:.1f}")
-            broken |= not finding.passed
-        console.print(table)
-        console.print(f"float32 against float64 over the full unroll: rounding amplified {probe(name):.3g} times")
+        _say(name, bold=True)
+        broken |= not _hold(name, _names(laws))
+        _say(f"float32 against float64 over the full unroll: rounding amplified {probe(name):.3g} times")
     if broken:
         raise typer.Exit(1)
 
@@ -159,7 +186,7 @@ def check(
 @app.command(name="list")
 def list_things(plugin: Plugins = None) -> None:
     """List architectures, tasks, suites and laws."""
-    _plug(plugin)
+    plugins.load(plugin or ())
     from stepladder.data.tasks import TASKS
     from stepladder.eval.suite import SUITES
     from stepladder.laws import LAWS
@@ -173,7 +200,7 @@ def list_things(plugin: Plugins = None) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="architecture")],
+    name: Annotated[str, typer.Argument(help="architecture, or a part of a file: train, data, eval, ladder")],
     overrides: Annotated[list[str] | None, typer.Argument(help="fields, such as width=256", show_default=False)] = None,
     size: Annotated[str | None, typer.Option(help="named size")] = None,
     vocab: Annotated[int, typer.Option(min=4, help="vocabulary")] = 259,
@@ -182,47 +209,66 @@ def show(
     ticks: Ticks = None,
     plugin: Plugins = None,
 ) -> None:
-    """Show an architecture's costs and layers without allocating it, and the five hops of training."""
-    _plug(plugin)
+    """Show an architecture's fields, costs and layers without allocating it, and the five hops of training."""
+    plugins.load(plugin or ())
     from stepladder import show as showing
     from stepladder.core.config import override
     from stepladder.experiments.match import sized
 
+    if name in showing.SECTIONS:
+        console.print(showing.fields(name, showing.SECTIONS[name]))
+        return
     chosen = sized(name, size, vocab, **override({}, overrides or []))
+    console.print(showing.fields(chosen.kind, type(chosen)))
     console.print(showing.costs(chosen, vocab, context, batch, ticks))
-    console.print(showing.layers(chosen, vocab))
-    console.print("\n".join(showing.hops(train)), highlight=False)
+    console.print(showing.layers(chosen, vocab, ticks))
+    _say("\n".join(showing.hops(train)))
 
 
-def _plug(files: list[str] | None) -> list[str]:
-    """Import plugin files; returns the architectures that they registered."""
-    if not files:
-        return []
-    from stepladder.models.zoo import ARCHITECTURES
-
-    before = set(ARCHITECTURES.names())
-    for file in files:
-        path = Path(file)
-        if not path.is_file():
-            raise UserError(f"plugin '{file}' is not a file; give the path of a Python file")
-        module_spec = importlib.util.spec_from_file_location(f"stepladder_plugin_{path.stem}", path)
-        if module_spec is None or module_spec.loader is None:
-            raise UserError(f"plugin '{file}' is not a Python file; its name must end in .py")
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module
-        module_spec.loader.exec_module(module)
-    return [name for name in ARCHITECTURES.names() if name not in before]
+def _say(line: str, bold: bool = False) -> None:
+    """A line as it is: nothing is wrapped, and nothing in it is markup."""
+    console.print(line, style="bold" if bold else None, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def _plain(text: str) -> str:
-    """Text as it is: rich must not read markup into it."""
-    return text.replace("[", "\\[")
+def _names(given: str | None) -> tuple[str, ...]:
+    """Comma-separated names, without the blanks around them."""
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
+
+
+def _load(run: Path, plugin: list[str] | None) -> Loaded:
+    """The run, once its plugins have registered what it is made of."""
+    plugins.load(plugin or ())
+    from stepladder.run import load
+
+    try:
+        return load(run)
+    except UserError as error:
+        if plugin or not re.search("unknown (architecture|task)", str(error)):
+            raise
+        raise UserError(f"{error} (if a plugin registers it, give --plugin FILE)") from error
+
+
+def _hold(name: str, only: tuple[str, ...]) -> bool:
+    """Print what every law says as soon as it has said it; returns whether all of them hold."""
+    from stepladder.laws import LAWS
+    from stepladder.laws import check as run_laws
+
+    held = True
+    # A law that does not exist comes first: it is refused before anything runs.
+    for law in sorted(dict.fromkeys(only or LAWS), key=LAWS.__contains__):
+        for finding in run_laws(name, only=(law,)):
+            mark = "[green]yes[/green]" if finding.passed else "[bold red]no [/bold red]"
+            detail = escape(" ".join(finding.detail.split()))
+            line = f"  {finding.law:<13} {mark}  {detail}  [dim]{finding.seconds:.1f} s[/dim]"
+            console.print(line, emoji=False, highlight=False, soft_wrap=True)
+            held &= finding.passed
+    return held
 
 
 def _print_rows(noun: str, rows: list[tuple[str, str]]) -> None:
     table = Table(noun, "what it is")
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(escape, row))
     console.print(table)
 
 
@@ -236,18 +282,30 @@ def _print_results(results: list[dict[str, Any]], quiet: bool) -> None:
 
 
 def _print_verdict(page: Path) -> None:
-    markdown = page.with_suffix(".md")
-    console.print(markdown.read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"page: {page}", highlight=False)
+    from stepladder.core.files import read_json
+    from stepladder.report.tables import VERDICT_HEADER, verdict_rows
+
+    verdict = read_json(page.with_name("verdict.json"))
+    shown = (0, 1, 4, 5, 7)  # rung, measure, difference, interval, verdict
+    table = Table(*(VERDICT_HEADER[column] for column in shown), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for row in verdict_rows(verdict):
+        table.add_row(*(escape(row[column]) for column in shown))
+    _say(verdict["headline"])
+    console.print(table)
+    _say(f"page: {page}")
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit status 2; an interrupted run exits with 143."""
+    """Entry point: a user's mistake is one sentence and exit status 2; an interrupted command exits with 130."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        typer.echo(f"error: {' '.join(named.split())}", err=True)
         sys.exit(2)
 
 

@@ -47,7 +47,11 @@ class TrainConfig(Config):
     log_every: int = Field(10, ge=1, description="steps between metric lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
     eval_samples: int = Field(64, ge=1, description="items per task in evaluations during training")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: only at the end")
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between checkpoints; default: a tenth of the budget (in seconds: only at the end)",
+    )
     keep: int = Field(2, ge=1, description="complete checkpoints kept")
     spike: float | None = Field(None, gt=1, description="skip steps whose loss exceeds this multiple of its mean")
     max_skips: int = Field(20, ge=0, description="non-finite or spiking steps in a row before a run counts as diverged")
@@ -64,6 +68,9 @@ class TrainConfig(Config):
         return self
 
 
+Ticks = Annotated[int, Field(ge=1)]
+
+
 class EvalConfig(Config):
     """What is evaluated after training, and how outputs are decoded."""
 
@@ -76,7 +83,11 @@ class EvalConfig(Config):
     top_p: float = Field(1.0, ge=0, le=1, description="sample within this probability mass")
     seed: int = Field(1234, ge=0, description="key of the evaluation items: the same for every rung and seed")
     text_tokens: int = Field(200_000, ge=1, description="validation tokens scored per text source, at most")
-    ticks: tuple[int, ...] = Field((), description="depth suite: tick budgets to evaluate at")
+    ticks: tuple[Ticks, ...] = Field((), description="depth suite: tick budgets to evaluate at")
+
+
+BOOKKEEPING = ("log_every", "eval_every", "eval_samples", "save_every", "keep")
+"""Fields of ``train`` that say what is noted and kept on the way, and decide nothing."""
 
 
 class Run(Config):
@@ -104,8 +115,13 @@ class Run(Config):
         return validate(Run, tree, where)
 
     def hash(self) -> str:
-        """Identity of the result: all of the tree but the name."""
-        return digest({name: node for name, node in self.tree().items() if name != "name"})
+        """Identity of the weights: equal hashes mean equal training."""
+        return digest(self.decisive())
+
+    def decisive(self) -> dict[str, Any]:
+        """The part of the tree that decides the weights: all but name, ``eval`` and the bookkeeping of ``train``."""
+        tree = {name: node for name, node in self.tree().items() if name not in ("name", "eval")}
+        return {**tree, "train": {name: node for name, node in tree["train"].items() if name not in BOOKKEEPING}}
 
 
 def read(
@@ -161,12 +177,14 @@ class Loaded:
     path: Path
 
 
-def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device: str = "cpu") -> Loaded:
+def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device: str = "auto") -> Loaded:
     """The model that a run directory holds, from its newest sound checkpoint or from ``checkpoint`` (step or folder).
 
     Needs config.json, tokenizer.json and a checkpoint's weights, nothing else; every file is verified first and
-    weights must fit exactly. Whatever is missing or flawed is a UserError.
+    weights must fit exactly. Whatever is missing or flawed is a UserError. device "auto": the GPU if there is one.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     home = Path(run_dir)
     if not (home / "config.json").is_file():
         raise UserError(f"{home} is no run directory: it has no config.json; give the folder of a run, as in runs/NAME")
@@ -179,6 +197,8 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
         have = ", ".join(p.name for p in checkpoints(home)) or "none"
         raise UserError(f"{path or home} has no sound checkpoint (there: {have}); train the run, or resume it")
     verify_manifest(path)
+    if not (home / "tokenizer.json").is_file():
+        raise UserError(f"{home} has no tokenizer.json; restore it, or train the run again under another name")
     tokenizer = tokenizer_from_json((home / "tokenizer.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
         model = run.model.build(tokenizer.vocab)

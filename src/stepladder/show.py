@@ -8,16 +8,24 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 from torch import nn
 
+from stepladder.core.config import Config, canonical
 from stepladder.core.errors import UserError
+from stepladder.data.stream import DataConfig
+from stepladder.experiments.ladder import Ladder
 from stepladder.experiments.match import cost
 from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
+from stepladder.run import EvalConfig, TrainConfig
 from stepladder.train import loop, session, step
+
+SECTIONS: dict[str, type[Config]] = {"train": TrainConfig, "data": DataConfig, "eval": EvalConfig, "ladder": Ladder}
+"""The parts of run and ladder files by name: ``stepladder show train`` lists their fields."""
 
 
 def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None) -> Table:
@@ -26,7 +34,7 @@ def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None) ->
     if len(lengths) < len(contexts.split(",")):
         raise UserError(f"--context {contexts}: give positive whole numbers, comma-separated, such as 128,1024")
     title = f"{of.kind}, vocabulary {vocab:,}, batch {batch}, float32"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold it
     for column in ("context", "ticks", "params", "FLOPs/tok", "to train", "state", "train in", "decode in"):
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     own = ticks or getattr(of, "ticks", None) or 1
@@ -39,6 +47,22 @@ def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None) ->
         memory = (price.state_bytes, train, decode)
         table.add_row(f"{context:,}", str(own), *map(number, counts), *map(size, memory))
     return table
+
+
+def fields(name: str, of: type[Config]) -> Table:
+    """The fields of a configuration: name, default, what it is."""
+    table = Table("field", "default", "what it is", title=f"{name}: fields", box=box.SIMPLE_HEAD, pad_edge=False)
+    for field, info in of.model_fields.items():
+        if field == "kind":  # the name itself
+            continue
+        default = "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
+        table.add_row(field, escape(default), escape(info.description or ""))
+    return table
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be written in a file; a configuration inside another is "its own"."""
+    return "its own" if isinstance(default, Config) else canonical(default)
 
 
 def activations(spec: Spec, vocab: int, tokens: int, ticks: int) -> float:
@@ -62,17 +86,17 @@ def number(count: float) -> str:
 def size(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.4g} TiB"
 
 
-def layers(spec: Spec, vocab: int) -> Tree:
+def layers(spec: Spec, vocab: int, ticks: int | None = None) -> Tree:
     """The module tree with shapes and parameter counts; what a loop repeats is marked."""
     with torch.device("meta"):
         model: LanguageModel = spec.build(vocab)
-    ticks = getattr(spec, "ticks", 1)
+    ticks = ticks or getattr(spec, "ticks", None) or 1
     top = Tree(f"[bold]{spec.kind}[/bold]  {sum(p.numel() for p in model.parameters()):,} parameters")
     _branch(top, model, ticks)
     return top

@@ -1,5 +1,6 @@
 """The commands as a user meets them: real processes, real exit codes, one sentence for every mistake."""
 
+import io
 import json
 import os
 import subprocess
@@ -82,6 +83,7 @@ MISTAKES = [
     (["train", "--steps", "0"], "train.steps"),
     (["train", "model.widht=3"], "did you mean 'width'"),
     (["train", "model.width=30"], "heads"),
+    (["train", "eval.suites=[algoritmic]"], "did you mean 'algorithmic'"),
     (["train", "model.width"], ".yaml, .yml or .json"),
     (["train", "--text", "nowhere.txt"], "nowhere.txt"),
     (["train", "--name", "../outside"], "../outside"),
@@ -95,6 +97,10 @@ MISTAKES = [
     (["check", "transfomer"], "did you mean 'transformer'"),
     (["check", "absent.py"], "absent.py"),
     (["check", "transformer", "--laws", "causl"], "did you mean 'causal'"),
+    (["check", "transformer", "--laws", "start, causl"], "did you mean 'causal'"),
+    (["check", "given.py"], "given.py registers no architecture; check is for architectures"),
+    (["list", "--plugin", "wrong.py"], "plugin 'wrong.py' failed at line 2: NameError: name 'nothing' is not defined"),
+    (["train", "given.yaml", "--runs", "given.py/runs"], "given.py"),
     (["show", "transformer", "--size", "huge"], "sizes:"),
     (["show", "transformer", "--context", "many"], "context"),
 ]
@@ -102,14 +108,18 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "says"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_a_mistake_is_one_sentence_and_leaves_nothing(stepladder, tmp_path, words, says):
-    (tmp_path / "given.yaml").write_text("model: transformer\n")
+    (tmp_path / "given.yaml").write_text(
+        "{model: transformer, train: {steps: 1}, data: {sources: [{kind: task, task: copy}]}}"
+    )
+    (tmp_path / "given.py").write_text("x = 1\n")
+    (tmp_path / "wrong.py").write_text("x = 1\nnothing\n")
     before = sorted(tmp_path.rglob("*"))
     done = stepladder(*words)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    left = [p for p in sorted(tmp_path.rglob("*")) if p not in before and "cache" not in p.parts]
+    left = [p for p in sorted(tmp_path.rglob("*")) if p not in before and not {"cache", "__pycache__"} & set(p.parts)]
     assert left == []
 
 
@@ -117,13 +127,12 @@ def test_a_planted_leak_is_refused_by_the_name_of_the_law(stepladder, tmp_path):
     (tmp_path / "leaky.py").write_text(LEAK)
     done = stepladder("check", "leaky.py", "--laws", "causal,start")
     assert done.returncode == 1
-    rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.count("│") > 2}
-    assert "no" in rows["causal"].split("│")[2]
-    assert "yes" in rows["start"].split("│")[2]
+    rows = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert rows == {"causal": "no", "start": "yes"}
 
 
 def test_check_passes_the_control_on_a_fast_law(stepladder):
-    done = stepladder("check", "transformer", "--laws", "causal,start")
+    done = stepladder("check", "transformer", "--laws", "causal, start")
     assert done.returncode == 0, done.stdout
 
 
@@ -132,18 +141,50 @@ def test_show_and_list_print_what_there_is(stepladder):
     assert shown.returncode == 0, shown.stderr
     assert "models.lm.LanguageModel.forward" in shown.stdout
     assert "train/step.py" in shown.stdout
+    assert "↻ 8 ticks" in shown.stdout
+    assert "applications of the shared blocks" in shown.stdout
+    for section, field in (("train", "warmup"), ("data", "sequence"), ("eval", "top_p"), ("ladder", "margin_bits")):
+        assert field in stepladder("show", section).stdout
     listed = stepladder("list").stdout
     for name in ("shared_loop", "parity", "likelihood", "causal"):
         assert name in listed
+
+
+def test_costs_fit_a_terminal_of_80_columns():
+    from rich.console import Console
+
+    from stepladder import show
+    from stepladder.models.zoo import spec
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(show.costs(spec("shared_loop"), 259, "128,4096,131072", 1023, 8))
+    assert "…" not in console.export_text()
+    assert show.size(1023) == "0.999 KiB"
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    from stepladder import cli
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.plugins, "load", stop)
+    monkeypatch.setattr(sys, "argv", ["stepladder", "list"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_train_evaluate_sample_and_read_back(stepladder, tmp_path):
     words = ["train", "--model", "shared_loop", "--tasks", "copy", "--steps", "6", "model.width=16", "model.depth=1"]
     first = stepladder(*words, "eval.samples=5", "--name", "one")
     assert first.returncode == 0, first.stderr
+    run = tmp_path / "runs" / "one"
+    evaluated = (run / "results_algorithmic.json").stat().st_mtime_ns
     again = stepladder(*words, "eval.samples=5", "--name", "one")
     assert again.returncode == 0, again.stderr
-    run = tmp_path / "runs" / "one"
+    assert (run / "results_algorithmic.json").stat().st_mtime_ns == evaluated
     for file in (
         "config.json",
         "summary.json",
@@ -155,12 +196,14 @@ def test_train_evaluate_sample_and_read_back(stepladder, tmp_path):
         assert (run / file).is_file(), file
     assert json.loads((run / "summary.json").read_text())["status"] == "complete"
 
-    evaluated = stepladder("eval", run, "samples=3", "--suite", "depth")
+    evaluated = stepladder("eval", run, "samples=3", "--suite", "depth, self_test")
     assert evaluated.returncode == 0, evaluated.stderr
     assert {c["ticks"] for c in json.loads((run / "results_depth.json").read_text())["cells"]} >= {1, 4, 16}
     sampled = stepladder("sample", run, "c:31=", "--ticks", "2", "--max-new", "4")
     assert sampled.returncode == 0, sampled.stderr
     assert "c:31=" in sampled.stdout
+    odd = "[bold]:heart: \t[/x] " + "long " * 50
+    assert stepladder("sample", run, odd, "--max-new", "1").stdout.startswith(odd)
 
     loaded = sl.load(run)
     assert loaded.step == 6
@@ -175,7 +218,9 @@ def test_climb_on_a_text_of_ones_own_and_report_again(stepladder, tmp_path):
     words = ["climb", ladder, *small, "--text", tmp_path / "stories.jsonl"]
     done = stepladder(*words)
     assert done.returncode == 0, done.stderr
-    assert "stories" in done.stdout
+    assert "bits per byte on stories" in done.stdout
+    assert "\\_" not in done.stdout
+    assert "run.train.steps=500" in stepladder("climb", "--help").stdout
     home = tmp_path / "runs" / "first"
     page = (home / "report.html").read_text()
     assert "shared_loop" in page

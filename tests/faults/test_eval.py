@@ -221,8 +221,7 @@ def test_E8_no_score_on_text_that_is_not_there(tmp_path, monkeypatch, damage):
         with pytest.raises(UserError, match=r"t\.txt"):
             evaluate(loaded, ["likelihood"], quiet=True)
         left = read_json(tmp_path / "results_likelihood.json")
-        assert left["status"] == "interrupted"
-        assert "likelihood" not in left
+        assert left == before  # refused before anything is cleared: these are the numbers of the text that was there
     else:
         path.write_text(TEXT.replace("tale", "song"), encoding="utf-8")
         (after,) = evaluate(loaded, ["likelihood"], quiet=True)

@@ -19,9 +19,10 @@ import numpy as np
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from stepladder.core.config import Config, Field, Kinded, chosen, digest, register
+from stepladder.core.errors import UserError
 from stepladder.core.keys import Key, key, permute, unit
 from stepladder.core.registry import Registry
-from stepladder.data.base import Task
+from stepladder.data.base import Task, overlap
 from stepladder.data.corpora import Corpus, source_name
 from stepladder.data.packing import pack, probe
 from stepladder.data.shards import Shards, learn, prepare
@@ -30,6 +31,9 @@ from stepladder.data.tokenizers import IGNORE, PAD, TOKENIZERS, ByteConfig, Toke
 
 Amount = Annotated[float, Field(ge=0)]
 Step = Annotated[int, Field(ge=0)]
+
+OVERLAP_ITEMS = 2000
+"""Questions of each split that a task's overlap is measured on."""
 
 
 class Source(Kinded):
@@ -224,11 +228,21 @@ class Stream:
 
     def overlap(self) -> dict[str, dict[str, int]]:
         """By text source: how many validation ``documents`` there are, and how many of them are in the training split,
-        ``exact`` and ``normalised`` (but for case and white space)."""
-        return {
+        ``exact`` and ``normalised`` (but for case and white space). By task source: how many of its first test
+        questions are among as many of its training, ``exact``, ``normalised`` and ``canonical``; measured, never
+        assumed, so a task that has no test items at some size of its training range has no entry."""
+        found = {
             name: {"documents": shards.about["splits"]["valid"]["documents"], **shards.about["overlap"]}
             for name, shards in self.texts.items()
         }
+        for name, source in zip(self.names, self.config.sources, strict=True):
+            if isinstance(source, TaskSource):
+                try:
+                    counts = overlap(source.task, self.seed, OVERLAP_ITEMS)
+                except UserError:
+                    continue
+                found[name] = {kind: counts[kind] for kind in ("exact", "normalised", "canonical")}
+        return found
 
     def fingerprint(self) -> str:
         """A digest of what decides the data, but for the seed and where files lie.

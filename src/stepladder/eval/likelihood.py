@@ -72,7 +72,8 @@ def summary(source: str, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _batches(job: Job) -> dict[str, Iterator[TextBatch]]:
-    return Stream(job.run.data, job.run.seed, cache_folder(), job.tokenizer).valid_text(job.config.batch)
+    stream = job.stream or Stream(job.run.data, job.run.seed, cache_folder(), job.tokenizer)
+    return stream.valid_text(job.config.batch)
 
 
 def _within(batches: Iterator[TextBatch], limit: int) -> Iterator[TextBatch]:

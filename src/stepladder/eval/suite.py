@@ -11,18 +11,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from stepladder.core.config import canonical
-from stepladder.core.files import append_lines, source_digest, write_json
+from stepladder.core.config import canonical, validate
+from stepladder.core.errors import UserError
+from stepladder.core.files import append_lines, read_json, read_lines, source_digest, write_json
 from stepladder.core.registry import Registry
+from stepladder.data.base import Task
+from stepladder.data.stream import Stream, TaskSource
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.eval.decode import evaluating
 from stepladder.models.lm import LanguageModel
-from stepladder.run import EvalConfig, Loaded, Run
+from stepladder.run import EvalConfig, Loaded, Run, cache_folder, latest_checkpoint, read_state
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -36,13 +40,15 @@ Needs = Literal["task", "text", "any"]
 class Job:
     """What a suite is given: a model in evaluation mode, the tokenizer, the run, and what to evaluate.
 
-    advance: to be called with a share of the whole work, in 0..1, whenever it is done; for the progress display.
+    stream: the run's data, where they were opened already. advance: to be called with a share of the whole work, in
+    0..1, whenever it is done; for the progress display.
     """
 
     model: LanguageModel
     tokenizer: Tokenizer
     run: Run
     config: EvalConfig
+    stream: Stream | None = None
     advance: Callable[[float], object] = float  # which does nothing with it
 
 
@@ -112,21 +118,84 @@ def evaluate(
 
     out_dir: default the run's directory. config: default the run's own. quiet: no progress on stderr. Results are
     written when a suite is complete; one that is cut short, by whatever, leaves the status "interrupted" and no
-    numbers. A suite for which the run has no source is complete and says so in "message". An unknown name is a
-    UserError before anything runs. The model, its mode and torch's generators are as before.
+    numbers. A suite for which the run has no source is complete and says so in "message". An unknown name, a flawed
+    config, and data other than those trained on are a UserError before anything runs or is cleared. The model, its
+    mode and torch's generators are as before.
     """
-    chosen = SUITES.names() if "all" in names else list(dict.fromkeys(map(SUITES.name, names)))
+    chosen = _chosen(names)
     out = loaded.path.parent.parent if out_dir is None else Path(out_dir)
-    config = config or loaded.run.eval
+    config = validate(EvalConfig, (config or loaded.run.eval).model_dump(), "eval")
+    stream = _stream(loaded, chosen)
+    _draw(loaded.run, config)
     meta = _meta(loaded, config)
     results = []
     with evaluating(loaded.model), _progress(quiet) as progress:
         for name in chosen:
             bar = progress.add_task(name, total=1.0)
-            job = Job(loaded.model, loaded.tokenizer, loaded.run, config, partial(progress.advance, bar))
+            job = Job(loaded.model, loaded.tokenizer, loaded.run, config, stream, partial(progress.advance, bar))
             results.append(_run(SUITES.get(name), job, meta, out))
             progress.update(bar, completed=1.0)
     return results
+
+
+def check(run: Run) -> None:
+    """Raise the UserError that evaluating ``run`` would end in: an unknown suite, a size without items."""
+    _chosen(run.eval.suites)
+    _draw(run, run.eval)
+    for task in _tasks(run):
+        task.batch(run.eval.seed, "valid", np.arange(run.train.eval_samples), task.train)
+
+
+def done(run_dir: str | Path, run: Run) -> bool:
+    """Whether all suites of ``run.eval`` have results and records of the newest checkpoint under this very config."""
+    home = Path(run_dir)
+    last = latest_checkpoint(home)
+    if last is None:
+        return False
+    asked = {**_asked(run.eval), "run": run.hash(), "step": int(read_state(last)["step"])}
+    return all(_holds(home, name, asked) for name in _chosen(run.eval.suites))
+
+
+def _holds(home: Path, name: str, asked: dict[str, Any]) -> bool:
+    path, records = home / f"results_{name}.json", home / "records" / f"{name}.jsonl"
+    if not path.is_file() or not records.is_file():
+        return False
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("status") not in ("complete", "passed", "failed"):
+        return False
+    meta = found.get("meta", {})
+    same = all(meta.get(field) == value for field, value in asked.items())
+    return same and found.get("records") == len(read_lines(records))
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    return SUITES.names() if "all" in names else list(dict.fromkeys(map(SUITES.name, names)))
+
+
+def _tasks(run: Run) -> list[Task]:
+    return [source.task for source in run.data.sources if isinstance(source, TaskSource)]
+
+
+def _draw(run: Run, config: EvalConfig) -> None:
+    """Draw one item of every evaluated size."""
+    for task in _tasks(run):
+        sizes = np.array(task.iid + task.ood, dtype=np.int64)
+        task.batch(config.seed, "test", np.zeros(len(sizes), np.int64), sizes)
+
+
+def _stream(loaded: Loaded, chosen: Sequence[str]) -> Stream | None:
+    """The run's data, which must be those it was trained on; None if only texts that no suite needs would be read."""
+    run, known = loaded.run, loaded.path.parent.parent / "data.json"
+    texts = any(source.kind == "text" for source in run.data.sources)
+    if texts and all(SUITES.get(name).needs != "text" for name in chosen):
+        return None
+    stream = Stream(run.data, run.seed, cache_folder(), loaded.tokenizer)
+    if known.is_file() and read_json(known).get("fingerprint") != stream.fingerprint():
+        raise UserError(
+            f"the data of {known.parent} are not those it was trained on (texts, or the code of a task, have changed); "
+            f"bring them back, or train the run again under another name"
+        )
+    return stream
 
 
 def quick(model: LanguageModel, tokenizer: Tokenizer, run: Run) -> dict[str, float]:
@@ -188,13 +257,22 @@ def _run(entry: Suite, job: Job, meta: dict[str, Any], out: Path) -> dict[str, A
     return results
 
 
-def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
-    model = loaded.model
+def _asked(config: EvalConfig) -> dict[str, Any]:
+    """What of the config decides the numbers, as it stands in the results."""
     return {
         "seed": config.seed,
         "samples": config.samples,
         "decoding": config.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"}),
+        "text_tokens": config.text_tokens,
+        "ticks": list(config.ticks),
         "grid_version": GRID_VERSION,
+    }
+
+
+def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
+    model = loaded.model
+    return {
+        **_asked(config),
         "model": loaded.run.model.kind,
         "params": sum(p.numel() for p in model.parameters()),
         "weights": weights_digest(model),

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import stepladder.eval  # noqa: F401  (registers the suites)
+from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
 from stepladder.data.stream import TaskSource
-from stepladder.experiments.ladder import Ladder, Rung
-from stepladder.run import Run
+from stepladder.eval.suite import SUITES
+from stepladder.experiments.ladder import Ladder, Rung, leaves
+from stepladder.run import EvalConfig, Run
+
+GRACE = 60.0
+"""Seconds that interrupted runs have to write their checkpoints."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_INTERRUPTED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
+_USER_ERROR = 2
+_ENDS = {"complete"}
+_CHECKED = {"self_test": {"complete", "passed", "failed"}}  # suites with an outcome of their own
+
+
+class Failed(SystemExit):
+    """The ladder was climbed and its page written, but some runs have no result; left alone, it ends the process."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +54,63 @@ def climb(
     plugins: tuple[str, ...] = (),
     command: str = "",
     say: Callable[[str], None] = print,
-) -> Path:
-    """Train and evaluate every run of the ladder under ``root/<ladder name>`` and return that directory.
+) -> tuple[Path, list[str]]:
+    """Train and evaluate every run of the ladder under ``root/<ladder name>``; returns it and the runs that failed.
 
     Runs that are complete are left as they are, interrupted ones go on from their last checkpoint. A run that
-    fails is recorded with the end of its log and counts against its rung; the others go on. ``command`` is what the
-    page says how to do it again.
+    fails is recorded with the end of its log and counts against its rung; one that the user has to mend something
+    for stays without a result; the others go on. A folder that holds runs of another ladder, or is being climbed, is
+    refused. ``command`` is what the page says how to do it again.
     """
     home = root / ladder.name
+    todo = [Job(name, planned(rung, name, seed)) for seed in ladder.seeds for name, rung in rungs.items()]
+    _suites(todo[0].run)
+    with _locked(home):
+        _same_ladder(home, [job.run for job in todo])
+        write_json(home / "ladder.json", {**describe(ladder, rungs), "command": command})
+        waiting = [job for job in todo if not finished(home / job.run.name, job.run)]
+        if len(waiting) < len(todo):
+            say(f"{len(todo) - len(waiting)} of {len(todo)} runs are already done")
+        width = jobs or max(1, (os.cpu_count() or 1) // (todo[0].run.train.threads or 1))
+        return home, _work(waiting, home, width, plugins, say)
+
+
+def planned(rung: Rung, name: str, seed: int) -> Run:
+    """The run of a rung and a seed."""
+    return rung.run.model_copy(update={"name": f"{name}-s{seed}", "seed": seed})
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Create the ladder's folder and hold it for this process; the lock dies with its holder, however that ends."""
     home.mkdir(parents=True, exist_ok=True)
-    todo = [
-        Job(name, rung.run.model_copy(update={"name": f"{name}-s{seed}", "seed": seed}))
-        for seed in ladder.seeds
-        for name, rung in rungs.items()
-    ]
-    write_json(home / "ladder.json", {**describe(ladder, rungs), "command": command})
-    waiting = [job for job in todo if not finished(home / job.run.name, job.run)]
-    if len(waiting) < len(todo):
-        say(f"{len(todo) - len(waiting)} of {len(todo)} runs are already done")
-    width = jobs or max(1, (os.cpu_count() or 1) // (todo[0].run.train.threads or 1))
-    _work(waiting, home, width, plugins, say)
-    return home
+    with (home / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{home} is being climbed by another process; wait for it, or give another name") from None
+        yield
+
+
+def _same_ladder(home: Path, runs: list[Run]) -> None:
+    """A folder holds the runs of one ladder: nothing of another is overwritten, or taken for this one's."""
+    for run in runs:
+        config = home / run.name / "config.json"
+        if not config.is_file():
+            continue
+        there = Run.of(read_json(config), str(config))
+        if there.hash() != run.hash():
+            raise UserError(
+                f"{home} holds another climb of this ladder ({run.name} differs in {_difference(there, run)}); "
+                f"give this one another name: name={home.name}2, or move that folder"
+            )
+
+
+def _difference(there: Run, run: Run) -> str:
+    """The first path in which two runs differ."""
+    ours, theirs = leaves(run.tree()), leaves(there.tree())
+    paths = (path for path in {**ours, **theirs} if path != "name" and ours.get(path) != theirs.get(path))
+    return next(paths, "its configuration")
 
 
 def describe(ladder: Ladder, rungs: dict[str, Rung]) -> dict[str, Any]:
@@ -88,6 +143,9 @@ def describe(ladder: Ladder, rungs: dict[str, Rung]) -> dict[str, Any]:
             for name, rung in rungs.items()
         },
         "runs": {name: {str(seed): f"{name}-s{seed}" for seed in ladder.seeds} for name in rungs},
+        "hashes": {
+            name: {str(seed): planned(rung, name, seed).hash() for seed in ladder.seeds} for name, rung in rungs.items()
+        },
         "ladder": ladder.model_dump(mode="json"),
     }
 
@@ -100,32 +158,77 @@ def finished(home: Path, run: Run) -> bool:
     if read_json(summary).get("status") == "diverged":
         return True
     done = read_json(summary).get("status") == "complete"
-    return done and all((home / f"results_{suite}.json").is_file() for suite in run.eval.suites)
+    return done and all(_evaluated(home / f"results_{suite}.json", suite, run.eval) for suite in _suites(run))
 
 
-def _work(jobs: list[Job], home: Path, width: int, plugins: tuple[str, ...], say: Callable[[str], None]) -> None:
+def _suites(run: Run) -> list[str]:
+    """The suites that a run is evaluated on, by their own names."""
+    return SUITES.names() if "all" in run.eval.suites else [SUITES.name(suite) for suite in run.eval.suites]
+
+
+def _evaluated(results: Path, suite: str, asked: EvalConfig) -> bool:
+    """Whether a suite came to its end, on the items that are asked for: more samples are another evaluation."""
+    found = read_json(results) if results.is_file() else {}
+    meta, now = found.get("meta", {}), asked.model_dump(mode="json")
+    same = all(meta.get(field, now[field]) == now[field] for field in ("seed", "samples", "text_tokens", "ticks"))
+    return same and found.get("status") in _CHECKED.get(suite, _ENDS)
+
+
+def _work(jobs: list[Job], home: Path, width: int, plugins: tuple[str, ...], say: Callable[[str], None]) -> list[str]:
+    """Run the jobs, ``width`` at a time; returns the names of those that failed."""
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
-    queue = list(jobs)
+    queue, failed = list(jobs), []
     done = 0
+    with _signals() as received:
+        try:
+            while (queue or running) and not received:
+                while queue and len(running) < width and not received:
+                    job = queue.pop(0)
+                    running[_start(job, home, plugins)] = (job, time.monotonic())
+                for process in [p for p in running if p.poll() is not None]:
+                    job, began = running.pop(process)
+                    done += 1
+                    took = time.monotonic() - began
+                    text = _outcome(process.returncode, home, job)
+                    say(f"[{done}/{len(jobs)}] {job.run.name}: {text} ({took:.0f} s)")
+                    if process.returncode:
+                        failed.append(job.run.name)
+                time.sleep(0.1)
+        finally:
+            _stop(list(running), received)
+        if received and (queue or running):
+            say("interrupted; the same command goes on from the checkpoints")
+            raise SystemExit(128 + received[0])
+    return failed
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals to stop that arrive meanwhile, in a list that grows: nothing is torn out of what it is doing."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in _SIGNALS}
     try:
-        while queue or running:
-            while queue and len(running) < width:
-                job = queue.pop(0)
-                running[_start(job, home, plugins)] = (job, time.monotonic())
-            for process in [p for p in running if p.poll() is not None]:
-                job, began = running.pop(process)
-                done += 1
-                took = time.monotonic() - began
-                say(f"[{done}/{len(jobs)}] {job.run.name}: {_outcome(process.returncode, home, job)} ({took:.0f} s)")
-            time.sleep(0.1)
+        yield received
     finally:
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        for process in running:
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(running: list[subprocess.Popen[bytes]], received: list[int]) -> None:
+    """Ask every child once to stop and wait for its checkpoint; another signal, or the end of patience, kills."""
+    already = len(received)
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    patience = time.monotonic() + GRACE
+    while any(p.poll() is None for p in running) and time.monotonic() < patience and len(received) == already:
+        time.sleep(0.05)
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _start(job: Job, home: Path, plugins: tuple[str, ...]) -> subprocess.Popen[bytes]:
@@ -139,7 +242,11 @@ def _start(job: Job, home: Path, plugins: tuple[str, ...]) -> subprocess.Popen[b
     command = [sys.executable, "-m", "stepladder.cli", "train", str(config), "--runs", str(home), "--quiet", *flags]
     with log.open("ab") as sink:
         return subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            start_new_session=True,  # the terminal's SIGINT comes to us alone; we tell the children, once
         )
 
 
@@ -150,7 +257,12 @@ def _outcome(code: int, home: Path, job: Job) -> str:
         loss = summary["final_loss"]
         return f"{summary['status']}, loss {'none' if loss is None else format(loss, '.3f')}"
     lines = (home / "logs" / f"{job.run.name}.log").read_text(errors="replace").strip().splitlines()
-    reason = f"exit status {code}: {lines[-1] if lines else 'no output'}"
-    if not path.is_file() and code != -signal.SIGTERM:  # it died without a word, and is not just unfinished
+    last = lines[-1] if lines else "no output"
+    if code in _INTERRUPTED:
+        return "interrupted; the same command goes on from its checkpoint"
+    if code == _USER_ERROR:  # for the user to mend, and no result of the run
+        return f"not run: {last}"
+    reason = f"exit status {code}: {last}"
+    if not path.is_file():  # it died without a word
         write_json(path, {"status": "crashed", "reason": reason, "hash": job.run.hash()})
     return f"failed with {reason}"

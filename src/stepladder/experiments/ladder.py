@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from stepladder.core.config import Config, Field, override, read_tree, validate
+from stepladder.core.config import Config, Field, override, points, read_tree, validate
 from stepladder.core.errors import UserError
 from stepladder.core.files import safe_name
 from stepladder.core.registry import did_you_mean
@@ -18,6 +18,11 @@ from stepladder.experiments.match import TOLERANCE, Match, cost, count, match_pa
 from stepladder.models.base import Cost
 from stepladder.models.zoo import ARCHITECTURES
 from stepladder.run import Run
+
+_BOOKKEEPING = {
+    "log_every", "eval_every", "eval_samples", "save_every", "keep", "threads", "device", "max_skips",
+}  # fmt: skip
+"""Fields of train that say how a run is watched and kept, not what it is: no factors."""
 
 
 class Ladder(Config):
@@ -65,13 +70,18 @@ def read(path: Path, overrides: list[str], text: str | None = None) -> Ladder:
     ladder = validate(Ladder, override(read_tree(path), overrides), str(path))
     if text is None:
         return ladder
-    sources = ladder.run.get("data", {}).get("sources", [])
-    places = [i for i, source in enumerate(sources) if source.get("kind") == "text"]
+    data = ladder.run.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    places = [i for i, source in enumerate(sources) if _is_text(source)] if isinstance(sources, list | tuple) else []
     if not places:
         raise UserError(f"{path}: there is no text source to replace with '{text}'; add {{kind: text, path: ...}}")
     tree = ladder.model_dump(mode="json")
-    tree["run"] = override(ladder.run, [f"data.sources.{i}.path={text}" for i in places])
+    tree["run"] = points(tree["run"], {f"data.sources.{i}.path": [text] for i in places})[0]
     return validate(Ladder, tree, str(path))
+
+
+def _is_text(source: Any) -> bool:
+    return source == "text" or (isinstance(source, dict) and source.get("kind") == "text")
 
 
 def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
@@ -82,19 +92,26 @@ def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
     target = count(control.model, vocab)
     budget = _flops(control, cost(control.model, vocab, context))
     rungs = {}
+    known: dict[str, str] = {}
     for name in sorted(ladder.rungs, key=lambda rung: rung != ladder.control):
-        run = _rung(ladder, control, name)
-        factor = _factor(control, run, ladder.rungs[name], name, is_control=name == ladder.control)
-        own = count(run.model, vocab)
+        changes = _changes(ladder.rungs[name], name)
+        run = _rung(ladder, control, name, changes)
+        factor = _factor(control, run, changes, name, is_control=name == ladder.control)
+        ids = vocab if run.data == control.data else Stream(run.data, run.seed, cache).tokenizer.vocab
+        own = count(run.model, ids)
         found = Match(run.model, own, (own - target) / target)
         if ladder.match == "params":
-            found = match_params(run.model, target, vocab)
+            fixed = tuple(path.split(".")[1] for path in changes if path.startswith("model."))
+            found = match_params(run.model, target, ids, fixed)
             run = run.model_copy(update={"model": found.spec})
-        price = cost(run.model, vocab, context)
+        price = cost(run.model, ids, run.data.sequence)
         residual = found.residual
         if ladder.match == "train_flops":
             run = _same_flops(run, price, budget)
             residual = (_flops(run, price) - budget) / budget
+        twin = known.setdefault(run.hash(), name)
+        if twin != name:
+            raise UserError(f"the rungs '{twin}' and '{name}' are the same run; leave one of them out")
         rungs[name] = Rung(
             name, factor, run, price, found.params, residual, _close(residual, ladder.match), _flops(run, price)
         )
@@ -123,37 +140,59 @@ def _same_flops(run: Run, price: Cost, budget: float) -> Run:
     return Run.of({**run.tree(), "train": train})
 
 
-def _rung(ladder: Ladder, control: Run, name: str) -> Run:
+def _changes(rung: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a rung changes, as path -> value: nodes written as mappings or in short form are taken apart."""
+    changes: dict[str, Any] = {}
+    for path, value in _flat(rung, ""):
+        path = "model.kind" if path == "model" and isinstance(value, str) else path
+        top, _, rest = path.partition(".")
+        if top not in ("model", "data", "train") or not rest:
+            raise UserError(
+                f"rung '{name}' changes '{path}'; a factor is a field of model, data or train, such as model.kind"
+            )
+        if top == "train" and rest.partition(".")[0] in _BOOKKEEPING:
+            raise UserError(f"rung '{name}' changes '{path}', which is no factor; put it under 'run', for all rungs")
+        if path in changes:
+            raise UserError(f"rung '{name}' gives '{path}' twice; leave one of the two out")
+        changes[path] = value
+    return changes
+
+
+def _flat(node: Any, path: str) -> list[tuple[str, Any]]:
+    if isinstance(node, dict) and (node or not path):
+        return [leaf for key, value in node.items() for leaf in _flat(value, f"{path}.{key}" if path else str(key))]
+    return [(path, node)]
+
+
+def _rung(ladder: Ladder, control: Run, name: str, changes: dict[str, Any]) -> Run:
     """The control's run with the rung's changes. Another kind of model inherits the control's fields it shares."""
     tree = control.tree()
-    changes = dict(ladder.rungs[name])
     where = f"ladder {ladder.name}, rung {name}"
-    kind = changes.pop("model.kind", None)
-    if kind is not None:
+    kind = changes.get("model.kind")
+    if isinstance(kind, str):
         fields = ARCHITECTURES.get(kind).model_fields
-        given = ladder.run.get("model", {})
+        given = ladder.run["model"] if isinstance(ladder.run["model"], dict) else {}
         shared = {f: v for f, v in tree["model"].items() if f in fields and f in given and f != "kind"}
         tree["model"] = {**shared, "kind": ARCHITECTURES.name(kind)}
-    for path, value in changes.items():
-        parts = path.split(".")
-        node = tree
-        for part in parts[:-1]:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[parts[-1]] = value
-    return Run.of(tree, where)
+        changes = {path: value for path, value in changes.items() if path != "model.kind"}
+    try:
+        return Run.of(points(tree, {path: [value] for path, value in changes.items()})[0], where)
+    except UserError as error:  # the path of a rung's own, which knows no file
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
 
 
-def _leaves(node: Any, path: str = "") -> dict[str, Any]:
+def leaves(node: Any, path: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted paths."""
     if isinstance(node, dict):
-        return dict(chain.from_iterable(_leaves(v, f"{path}.{k}").items() for k, v in node.items()))
+        return dict(chain.from_iterable(leaves(v, f"{path}.{k}").items() for k, v in node.items()))
     if isinstance(node, list):
-        return dict(chain.from_iterable(_leaves(v, f"{path}.{i}").items() for i, v in enumerate(node)))
+        return dict(chain.from_iterable(leaves(v, f"{path}.{i}").items() for i, v in enumerate(node)))
     return {path.lstrip("."): node}
 
 
 def _factor(control: Run, run: Run, changes: dict[str, Any], name: str, is_control: bool) -> str:
     """The one thing the rung changes; none for the control. Two things are refused: nobody could tell them apart."""
-    ours, theirs = _leaves(control.tree()), _leaves(run.tree())
+    ours, theirs = leaves(control.tree()), leaves(run.tree())
     differing = [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
     if "model.kind" in differing:
         # Fields that only one of the two kinds has are part of what that kind is.
@@ -166,6 +205,10 @@ def _factor(control: Run, run: Run, changes: dict[str, Any], name: str, is_contr
             or not p.startswith("model.")
             or (p.removeprefix("model.") not in own and (p in given or p in changes))
         ]
+    for node in [path.removesuffix("kind") for path in differing if path.endswith(".kind")]:
+        # Of any other thing of another kind (a tokenizer, a task), too, what only one of the two has is part of it.
+        own = {path for path in differing if path.startswith(node) and (path in ours) != (path in theirs)}
+        differing = [path for path in differing if path not in own]
     if is_control:
         if differing:
             raise UserError(f"the control '{name}' changes {', '.join(differing)}; put that under 'run' instead")

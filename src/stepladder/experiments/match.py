@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -56,16 +57,23 @@ def sized(name: str, size: str | None, vocab: int, **fields: Any) -> Spec:
     return found.spec
 
 
-def match_params(start: Spec, target: int, vocab: int) -> Match:
-    """Turn the spec's knobs until it has ``target`` parameters, changing as little as possible.
+def match_params(start: Spec, target: int, vocab: int, fixed: tuple[str, ...] = ()) -> Match:
+    """Turn the spec's knobs, bar ``fixed`` ones, until it has ``target`` parameters, changing as little as possible.
 
     The finest knob is turned first (parameters grow with it, so bisection finds the nearest count). Only if that
-    leaves more than the tolerance are coarser knobs turned, the finest again at each of their values.
+    leaves more than the tolerance are coarser knobs turned, the finest again at each of their values. Where the
+    finest is fixed, the coarser ones take the value that comes nearest.
     """
     knobs = [name for name in type(start).knobs if name in type(start).model_fields]
     best = _residual(start, target, vocab)
     if not knobs or abs(best.residual) <= 0.001:
         return best
+    if knobs[0] in fixed:
+        for knob in (name for name in knobs if name not in fixed):
+            if abs(best.residual) > TOLERANCE:
+                best = min([best, *_scan(start, knob, target, vocab)], key=lambda m: abs(m.residual))
+        return best
+    knobs = [name for name in knobs if name not in fixed]
     best = min(best, _bisect(start, knobs[0], target, vocab), key=lambda m: abs(m.residual))
     for knob in knobs[1:]:
         for value in _nearby(getattr(start, knob)):
@@ -93,6 +101,17 @@ def _with(start: Spec, fields: dict[str, Any]) -> Spec | None:
 def _residual(start: Spec, target: int, vocab: int) -> Match:
     params = count(start, vocab)
     return Match(start, params, (params - target) / target)
+
+
+def _scan(start: Spec, knob: str, target: int, vocab: int) -> list[Match]:
+    """A match for every value of a knob, nearest to its own first, at which a model can be built."""
+    found = []
+    for value in _nearby(getattr(start, knob)):
+        candidate = _with(start, {knob: value})
+        if candidate is not None:
+            with contextlib.suppress(UserError):
+                found.append(_residual(candidate, target, vocab))
+    return found
 
 
 def _bisect(start: Spec, knob: str, target: int, vocab: int) -> Match:

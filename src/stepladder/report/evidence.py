@@ -163,7 +163,8 @@ def gather(folder: str | Path) -> Evidence:
     for rung in rungs:
         for seed in seeds:
             place = ladder["runs"].get(rung, {}).get(str(seed)) or f"{rung}-s{seed}"
-            runs[rung, seed] = _run(folder, rung, seed, place)
+            declared = ladder.get("hashes", {}).get(rung, {}).get(str(seed))
+            runs[rung, seed] = _run(folder, rung, seed, place, declared)
     complete = [run for run in runs.values() if run.complete]
     for suite in _COUNTED:
         have = [run for run in complete if suite in run.meta]
@@ -206,17 +207,22 @@ def _ladder(folder: Path) -> dict[str, Any]:
     return {**ladder, "rungs": rungs, "command": redact(ladder.get("command")), "ladder": redact(ladder.get("ladder"))}
 
 
-def _run(folder: Path, rung: str, seed: int, place: str) -> RunFiles:
+def _run(folder: Path, rung: str, seed: int, place: str, declared: str | None = None) -> RunFiles:
+    """A run's files; those of a run whose hash is not the ``declared`` one are no evidence about it."""
     here = folder / place
     run = RunFiles(rung, seed, place, "missing", "has not been run")
     if not here.is_dir():
+        return run
+    summary = redact(read_json(here / "summary.json")) if (here / "summary.json").is_file() else {}
+    if declared and summary and summary.get("hash") != declared:
+        run.reason = "holds another run"
         return run
     if (here / "metrics.jsonl").is_file():
         run.curve = _curve(read_lines(here / "metrics.jsonl"))
     if not (here / "summary.json").is_file():
         run.status, run.reason = "unfinished", "was started but has not come to an end"
         return run
-    run.summary = redact(read_json(here / "summary.json"))
+    run.summary = summary
     run.provenance = redact(read_json(here / "provenance.json")) if (here / "provenance.json").is_file() else {}
     run.status = str(run.summary.get("status", "unfinished"))
     run.reason = str(run.summary.get("reason") or "")

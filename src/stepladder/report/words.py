@@ -124,7 +124,9 @@ def headline(verdict: dict[str, Any]) -> str:
     runs, contenders = verdict["runs"], [a for a in verdict["rungs"].values() if a["role"] == "contender"]
     waiting = sum(run["pending"] for run in runs)
     if not any(c["difference"] is not None for about in contenders for c in about["primary"]):
-        return f"Nothing can be said yet: {waiting} of {len(runs)} runs have no result."
+        if not waiting:
+            return "Nothing can be said: every run came to an end, but nothing of them can be compared."
+        return f"Nothing can be said yet: {_without_result(waiting, len(runs))}."
     seeds = len(verdict["seeds"])
     if seeds == 1:
         return "One seed supports no claim: what follows are measurements, not verdicts."
@@ -145,8 +147,12 @@ def headline(verdict: dict[str, Any]) -> str:
     rungs = f"{total} rung{'s' if total != 1 else ''}"
     text = f"Of {rungs} compared with {verdict['control']} over {seeds} seeds: {said}."
     if waiting:
-        text += f" The ladder is unfinished: {waiting} of {len(runs)} runs have no result yet."
+        text += f" The ladder is unfinished: {_without_result(waiting, len(runs))} yet."
     return text
+
+
+def _without_result(waiting: int, total: int) -> str:
+    return f"{waiting} of {total} runs {'has' if waiting == 1 else 'have'} no result"
 
 
 def confidence(alpha: float) -> str:

@@ -31,6 +31,9 @@ MEMORY = 50
 SETTLED = 20
 """Updates before a loss can be called a spike."""
 
+SAVES = 10
+"""Checkpoints in a budget of steps, unless ``save_every`` says otherwise."""
+
 
 @dataclass
 class Stop:
@@ -152,23 +155,23 @@ def fit(
 
     ``evaluate`` gives figures of the model as it is, ``log`` keeps a metric line. Ends with a checkpoint in any case.
     """
-    train, rows, saved = run.train, np.arange(run.train.batch), progress.step
+    train, rows, saved = run.train, np.arange(run.train.batch), progress.step or -1
     save = partial(_save, run_dir, model, optimizer, progress, run)
+    save_every = train.save_every or (math.ceil(budget.steps / SAVES) if budget.steps else None)
     while True:
         spent, diverged = budget.spent(progress), progress.skips_in_row > train.max_skips
-        due = spent or diverged or _due(progress.step, train.eval_every)
+        over = spent or diverged
+        # Before the evaluation, which may fail.
+        if saved < progress.step and (over or _due(progress.step, save_every)) and save(last=over):
+            saved = progress.step
+        due = over or _due(progress.step, train.eval_every)
         if evaluate and due and progress.evaluated < progress.step and not stop.signal:
             log({"step": progress.step, "eval": evaluate()})
             progress.evaluated = progress.step
-        if stop.signal or diverged:
-            save(last=True)
-            return "interrupted" if stop.signal else "diverged"
-        if spent:
-            save(last=True)
-            return "complete"
-        if saved < progress.step and _due(progress.step, train.save_every):
-            save(last=False)
-            saved = progress.step
+        if stop.signal or over:
+            if saved < progress.step:
+                save(last=True)
+            return "interrupted" if stop.signal else "diverged" if diverged else "complete"
 
         began = time.perf_counter()
         lr = learning_rate(train, budget.fraction(progress))
@@ -218,7 +221,7 @@ def _save(
     run: Run,
     *,
     last: bool,
-) -> None:
+) -> bool:
     """Save a checkpoint. A disk that is full in mid-run may have room at the next save: then say so and go on."""
     try:
         state = {"run": run.hash(), "progress": dataclasses.asdict(progress)}
@@ -228,3 +231,5 @@ def _save(
         if last:
             raise UserError(f"{problem}; make room, then give the same command again to go on from there") from error
         print(f"stepladder: warning: {problem}; training goes on", file=sys.stderr)
+        return False
+    return True

@@ -9,7 +9,7 @@ from typing import Any
 from stepladder.core.config import digest
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json
-from stepladder.run import Run, TrainConfig
+from stepladder.run import Run, TrainConfig, checkpoint_path, latest_checkpoint
 
 BUDGETS = ("steps", "tokens", "flops", "seconds")
 
@@ -36,17 +36,20 @@ class Asked:
 def agree(run: Run, run_dir: Path, resume: bool, extend: bool) -> Asked:
     """What training ``run`` in ``run_dir`` means, given what is there; a contradiction is a UserError.
 
-    A directory holds one run for good: that of its config.json. Extending it adds extension.json, the new budget.
+    A directory holds one run for good: that of its config.json, of which only what decides nothing (``eval``, the
+    bookkeeping of ``train``) may change. Extending it adds extension.json, the new budget.
     """
     if not (run_dir / "config.json").exists():
         return Asked(run, run.train)
     if not resume:
         raise UserError(f"{run_dir} exists; give the run another name, or let it resume")
-    base = Run.of(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
+    base = held(run_dir)
     grown = _grown(base, run)
     if base.hash() != run.hash() and not (grown and extend):
         way = "--extend to train it for longer, or " if grown else ""
         raise UserError(f"{run_dir} holds another run: {_differences(base, run)}; give {way}another name")
+    budget = {unit: getattr(base.train, unit) for unit in BUDGETS}
+    base = run.model_copy(update={"name": base.name, "train": run.train.model_copy(update=budget)})
     if not (run_dir / "extension.json").exists():
         return Asked(base, run.train)
     given, already = Asked(base, run.train), read_json(run_dir / "extension.json")
@@ -56,12 +59,25 @@ def agree(run: Run, run_dir: Path, resume: bool, extend: bool) -> Asked:
     return given
 
 
+def held(run_dir: Path) -> Run:
+    """The run that a directory holds."""
+    return Run.of(read_json(run_dir / "config.json"), str(run_dir / "config.json"))
+
+
 def finished(run_dir: Path, asked: Asked) -> bool:
-    """Whether there is nothing to train any more: complete, or diverged, which it would do again."""
+    """Whether there is nothing to train any more: complete, or diverged, which it would do again.
+
+    The checkpoint of the last step must be there and sound; otherwise there is something to train again.
+    """
     if not (run_dir / "summary.json").exists():
         return False
     summary = read_json(run_dir / "summary.json")
-    return summary["status"] in ("complete", "diverged") and summary["hash"] == asked.hash()
+    if not isinstance(summary, dict) or summary.get("status") not in ("complete", "diverged"):
+        return False
+    if summary.get("hash") != asked.hash():
+        return False
+    last = latest_checkpoint(run_dir)
+    return last is not None and last == checkpoint_path(run_dir, summary.get("steps", -1))
 
 
 def _grown(base: Run, run: Run) -> bool:
@@ -76,8 +92,8 @@ def _grown(base: Run, run: Run) -> bool:
 
 def _differences(base: Run, run: Run) -> str:
     """The first few paths in which two runs differ, with both values."""
-    there, asked = _flat(base.tree()), _flat(run.tree())
-    paths = [p for p in dict.fromkeys((*asked, *there)) if p != "name" and there.get(p) != asked.get(p)]
+    there, asked = _flat(base.decisive()), _flat(run.decisive())
+    paths = [p for p in dict.fromkeys((*asked, *there)) if there.get(p) != asked.get(p)]
     shown = [f"{path} is {there.get(path)!r} there and {asked.get(path)!r} here" for path in paths[:3]]
     return ", ".join(shown) + (f" and {len(paths) - 3} more differ" if len(paths) > 3 else "")
 

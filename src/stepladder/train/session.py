@@ -41,7 +41,7 @@ from stepladder.train.display import Display
 from stepladder.train.loop import Budget, Progress, Stop, fit
 from stepladder.train.loss import objective
 from stepladder.train.optim import adamw
-from stepladder.train.request import Asked, agree, finished
+from stepladder.train.request import Asked, agree, finished, held
 
 Evaluate = Callable[[LanguageModel, Tokenizer, Run], Mapping[str, float]]
 
@@ -61,18 +61,26 @@ def train(
     resume: bool = True,
     quiet: bool = False,
     extend: bool = False,
+    rehearse: Callable[[Run], None] | None = None,
 ) -> Path:
     """Train ``run`` in ``root/<its name>`` and return that directory.
 
     A finished run (complete or diverged) is returned at once, an unfinished one goes on from its newest sound
     checkpoint, bit for bit as if it had never stopped (``resume=False``: an existing directory is an error). One of
     another configuration is refused; but with ``extend``, if only the budget grew, its run goes on to the new budget at
-    its final learning rate. ``evaluate`` gives figures for metric lines. Nothing is created before everything has
-    been built and tried once. SIGTERM and SIGINT end in ``Interrupted``; a second one ends the process at once.
+    its final learning rate. ``evaluate`` gives figures for metric lines; ``rehearse`` raises what the evaluation would
+    fail on. Nothing is created before everything has been built and tried once. SIGTERM and SIGINT end in
+    ``Interrupted``; a second one ends the process at once.
     """
     run_dir = Path(root) / run.name
-    asked = agree(run, run_dir, resume, extend)
-    if finished(run_dir, asked):
+    with _reaching(run_dir):
+        asked = agree(run, run_dir, resume, extend)
+        done = finished(run_dir, asked)
+    if done:
+        with _writing(run_dir):
+            _configure(run_dir, asked.base)
+        if not quiet:
+            print(f"{run.name}: already done", file=sys.stderr)
         return run_dir
     run = asked.base
     device = pick_device(run.train)
@@ -80,7 +88,7 @@ def train(
         stream = Stream(run.data, run.seed, cache_folder())
         model = build(run, stream.tokenizer.vocab).to(device)
         optimizer = adamw(model, run.train)
-        _rehearse(run, model, stream)
+        _rehearse(run, model, stream, rehearse)
         flops = 3 * model.cost(run.data.sequence).flops
         tokens_per_step = run.train.batch * run.data.sequence
         budget = Budget.of(asked.train, tokens_per_step, flops)
@@ -152,8 +160,10 @@ def _torch_settings(train: TrainConfig, device: torch.device) -> Iterator[None]:
         memory.fill_uninitialized_memory = fill
 
 
-def _rehearse(run: Run, model: LanguageModel, stream: Stream) -> None:
+def _rehearse(run: Run, model: LanguageModel, stream: Stream, also: Callable[[Run], None] | None) -> None:
     """One batch forwards: what does not fit together (lengths, names of losses) shows before there is a directory."""
+    if also:
+        also(run)
     batch = stream.batch(0, np.arange(run.train.micro or run.train.batch), run.train.batch)
     device = model.embed.tokens.weight.device
     tokens, targets, documents = (
@@ -167,10 +177,23 @@ def _rehearse(run: Run, model: LanguageModel, stream: Stream) -> None:
 
 
 @contextmanager
+def _reaching(run_dir: Path) -> Iterator[None]:
+    """A directory that cannot be made or entered is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be used as the directory of a run ({error}); give a folder that can be written"
+        ) from error
+
+
+@contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Create the directory and hold it for this process; the lock dies with its holder, however that ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+    with _reaching(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -199,15 +222,19 @@ def _open(
             f"the data of {run_dir} have changed since it began (texts, or the code of a task); "
             f"bring them back, or give the run another name"
         )
+    _configure(run_dir, asked.base)
     if not known.exists():
-        write_json(run_dir / "config.json", asked.base.tree())
         write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
         write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap()})
     if asked.extended:
         write_json(run_dir / "extension.json", asked.extended)
     progress = Progress(**state["progress"])
-    trim_lines(run_dir / "metrics.jsonl")
-    truncate_lines(run_dir / "metrics.jsonl", lambda line: _before(line, progress))
+    metrics = run_dir / "metrics.jsonl"
+    trim_lines(metrics)
+    truncate_lines(metrics, lambda line: line["step"] <= progress.step)
+    # A checkpoint is written before its step is evaluated: the lines know what was.
+    lines = read_lines(metrics) if metrics.exists() else []
+    progress.evaluated = max((line["step"] for line in lines if "eval" in line), default=0)
     (run_dir / "summary.json").unlink(missing_ok=True)  # until this session ends, the run is unfinished
     sessions = provenance.record(run_dir, device, progress.step)
     if sessions[0]["device"] != sessions[-1]["device"] and progress.step:
@@ -219,10 +246,10 @@ def _open(
     return progress
 
 
-def _before(line: Mapping[str, Any], progress: Progress) -> bool:
-    """Whether a metric line was written before the checkpoint that ``progress`` comes from."""
-    last = progress.evaluated if "eval" in line else progress.step
-    return line["step"] <= last
+def _configure(run_dir: Path, base: Run) -> None:
+    """Write config.json unless it says the same; what decides the weights never changes in it."""
+    if not (run_dir / "config.json").exists() or held(run_dir) != base:
+        write_json(run_dir / "config.json", base.tree())
 
 
 def _log(run_dir: Path, line: dict[str, Any], display: Display) -> None:

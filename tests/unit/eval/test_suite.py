@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stepladder.core.errors import UserError
-from stepladder.core.files import read_json, read_lines
+from stepladder.core.files import read_json, read_lines, write_json, write_manifest
 from stepladder.eval import suite as suites
-from stepladder.eval.suite import SUITES, evaluate, quick, tables, weights_digest
+from stepladder.eval.suite import SUITES, check, done, evaluate, quick, tables, weights_digest
 
 
 def home(loaded):
@@ -139,3 +139,49 @@ def test_quick_scores_every_source_on_validation_data(make, tmp_path):
     loaded.model.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].shape))
     quick(loaded.model, loaded.tokenizer, dataclasses.replace(loaded).run)
     assert max(shape[0] for shape in asked) == 12, "train.eval_samples items at a time, not eval.samples"
+
+
+def test_a_check_finds_what_would_fail_later(make):
+    check(make().run)
+    with pytest.raises(UserError, match="unknown suite 'algoritmic'"):
+        check(make(eval={"suites": ["algoritmic"]}).run)
+    few = {"kind": "parity", "train": [1, 8], "iid": [1], "ood": [20]}
+    with pytest.raises(UserError, match="parity at size 1 has no test items"):
+        check(make([{"kind": "task", "task": few}]).run)
+
+
+def test_a_flawed_config_costs_no_results(make):
+    loaded = make()
+    (results,) = evaluate(loaded, ["algorithmic"], quiet=True)
+    for flaw in ({"ticks": (0,)}, {"samples": 0}):
+        with pytest.raises(UserError, match="1"):
+            evaluate(loaded, ["algorithmic"], None, loaded.run.eval.model_copy(update=flaw), quiet=True)
+    assert read_json(home(loaded) / "results_algorithmic.json")["records"] == results["records"]
+    with pytest.raises(UserError, match=r"eval.ticks"):
+        make(eval={"ticks": [0]})
+
+
+def test_other_data_than_those_trained_on_are_refused(make):
+    loaded = make()
+    write_json(home(loaded) / "data.json", {"fingerprint": "another"})
+    with pytest.raises(UserError, match="not those it was trained on"):
+        evaluate(loaded, ["algorithmic"], quiet=True)
+    stream = suites.Stream(loaded.run.data, 9, home(loaded), loaded.tokenizer)
+    write_json(home(loaded) / "data.json", {"fingerprint": stream.fingerprint()})
+    assert evaluate(loaded, ["algorithmic"], quiet=True)[0]["status"] == "complete"
+
+
+def test_done_means_results_of_this_checkpoint_and_config(make):
+    loaded = make()
+    folder = home(loaded)
+    loaded.path.mkdir(parents=True)
+    write_json(loaded.path / "state.json", {"schema": 1, "step": 1})
+    write_manifest(loaded.path)
+    assert not done(folder, loaded.run)
+    evaluate(loaded, loaded.run.eval.suites, quiet=True)
+    assert done(folder, loaded.run)
+    for change in ({"samples": 21}, {"seed": 3}, {"temperature": 0.5}, {"suites": ("self_test",)}):
+        assert not done(folder, loaded.run.model_copy(update={"eval": loaded.run.eval.model_copy(update=change)}))
+    assert not done(folder, loaded.run.model_copy(update={"seed": 9}))
+    (folder / "records/algorithmic.jsonl").write_text("")
+    assert not done(folder, loaded.run)

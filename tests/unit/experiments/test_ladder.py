@@ -67,6 +67,68 @@ def test_two_factors_are_refused_by_name(climb, changes):
     assert "one rung for each" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "shared_loop"},
+        {"model": {"kind": "shared_loop"}},
+        {"model.kind": "shared_loop"},
+        {"model": {"kind": "shared_loop", "ticks": 4}},
+    ],
+)
+def test_every_way_of_writing_a_kind_inherits_alike(climb, changes):
+    loop = climb(rungs={"plain": {}, "loop": changes})["loop"]
+    assert loop.factor == "model.kind: transformer → shared_loop"
+    assert (loop.run.model.width, loop.run.model.depth, loop.run.model.heads) == (32, 2, 2)
+
+
+def test_two_factors_in_one_mapping_are_refused(climb):
+    with pytest.raises(UserError, match=r"changes 2 factors \(model.depth, model.kind\)"):
+        climb(rungs={"plain": {}, "double": {"model": {"kind": "shared_loop", "depth": 3}}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval.samples": 3}, "'eval.samples'; a factor is a field of model, data or train"),
+        ({"eval": {"samples": 3}}, "'eval.samples'; a factor is"),
+        ({"seed": 3}, "'seed'; a factor is"),
+        ({"name": "x"}, "'name'; a factor is"),
+        ({"model": [1]}, "'model'; a factor is"),
+        ({"train.log_every": 3}, "'train.log_every', which is no factor"),
+        ({"train": {"device": "cpu"}}, "'train.device', which is no factor"),
+        ({"model": {"heads": 4}, "model.heads": 1}, "'model.heads' twice"),
+        ({"data.sources.9.weight": 2}, "rung odd: .*data.sources.9' does not exist"),
+        ({"data.sources.x.weight": 2}, "rung odd: .*data.sources.x' does not exist"),
+        ({"model.width.x": 2}, "rung odd: model.width"),
+        ({"model.kind": 3}, "rung odd: model.kind"),
+    ],
+)
+def test_what_is_no_factor_is_refused_in_a_sentence(climb, changes, message):
+    with pytest.raises(UserError, match=message):
+        climb(rungs={"plain": {}, "odd": changes})
+
+
+def test_two_rungs_that_are_one_run_are_refused(climb):
+    with pytest.raises(UserError, match="'a' and 'b' are the same run"):
+        climb(rungs={"plain": {}, "a": {"model.kind": "shared_loop"}, "b": {"model": "shared_loop"}})
+
+
+def test_the_factor_is_not_what_the_solver_turns(climb):
+    rungs = climb(rungs={"plain": {}, "wide": {"model.hidden": 200}, "broad": {"model.width": 24}})
+    assert rungs["wide"].run.model.hidden == 200
+    assert rungs["broad"].run.model.width == 24
+    assert rungs["broad"].matched
+
+
+def test_a_rung_has_the_vocabulary_and_the_context_of_its_own_data(climb):
+    rungs = climb(rungs={"plain": {}, "letters": {"data.tokenizer": "alphabet"}, "long": {"data.sequence": 64}})
+    assert rungs["letters"].factor == "data.tokenizer.kind: byte → alphabet"
+    assert rungs["letters"].matched
+    assert rungs["letters"].run.model.hidden > 100  # fewer ids leave more to the blocks
+    assert rungs["long"].cost.flops > rungs["plain"].cost.flops
+
+
 def test_no_factor_is_refused(climb):
     with pytest.raises(UserError, match="changes nothing"):
         climb(rungs={"plain": {}, "same": {"model.width": 32}})
@@ -110,6 +172,15 @@ def test_another_text_replaces_the_corpus(tmp_path):
     path.write_text(json.dumps({**BASE, "run": run}))
     ladder = read(path, [], text="stories.jsonl.gz")
     assert [s.get("path") for s in ladder.run["data"]["sources"]] == [None, "stories.jsonl.gz"]
+
+
+@pytest.mark.parametrize("source", ["text", {"kind": "text", "path": "pydoc"}])
+def test_a_text_is_taken_as_it_is_written(tmp_path, source):
+    run = {**BASE["run"], "data": {"sequence": 32, "sources": [source, BASE["run"]["data"]["sources"][0]]}}
+    path = tmp_path / "ladder.json"
+    path.write_text(json.dumps({**BASE, "run": run}))
+    ladder = read(path, [], text="my #1: story.jsonl")
+    assert ladder.run["data"]["sources"][0] == {"kind": "text", "path": "my #1: story.jsonl"}
 
 
 def test_text_for_a_ladder_without_text_is_refused(tmp_path):

@@ -51,6 +51,15 @@ def test_width_is_turned_when_the_hidden_width_cannot_do_it():
     assert abs(found.residual) <= 0.01
 
 
+def test_fixed_fields_are_left_alone():
+    control = spec("transformer", width=32, depth=2, heads=2)
+    start = spec("transformer", width=32, depth=2, heads=2, hidden=200)
+    found = match_params(start, count(control, VOCAB), VOCAB, fixed=("hidden",))
+    assert found.spec.hidden == 200
+    assert abs(found.residual) < abs(count(start, VOCAB) / count(control, VOCAB) - 1)
+    assert match_params(start, count(control, VOCAB), VOCAB, fixed=("hidden", "width")).spec == start
+
+
 def test_a_spec_without_knobs_is_reported_not_changed():
     class Fixed(type(spec("identity"))):
         knobs = ()

@@ -158,3 +158,16 @@ def test_a_malformed_ladder_is_one_sentence(folder, change, words):
     with pytest.raises(UserError, match=r"ladder\.json") as caught:
         gather(folder)
     assert words in str(caught.value)
+
+
+def test_a_run_that_is_not_the_declared_one_is_pending(folder):
+    ladder = read_json(folder / "ladder.json")
+    summaries = {rung: read_json(folder / f"{rung}-s0" / "summary.json")["hash"] for rung in ("plain", "loop")}
+    write_json(folder / "ladder.json", {**ladder, "hashes": {"plain": {"0": summaries["plain"]}, "loop": {"0": "x"}}})
+    evidence = gather(folder)
+    assert evidence.runs["plain", 0].complete
+    other = evidence.runs["loop", 0]
+    assert (other.status, other.reason, other.pending) == ("missing", "holds another run", True)
+    assert other.summary == {}
+    assert evidence.runs["loop", 1].complete  # nothing is declared about it
+    assert evidence.seeds_decided("loop") == [1]

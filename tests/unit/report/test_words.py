@@ -43,3 +43,16 @@ def test_formats(shown, expected):
 )
 def test_verdicts_say_what_they_need(word, needs, text):
     assert words.verdict_text({"word": word, "needs": needs}) == text
+
+
+@pytest.mark.parametrize(
+    ("pending", "text"),
+    [
+        (4, "Nothing can be said yet: 4 of 4 runs have no result."),
+        (1, "Nothing can be said yet: 1 of 4 runs has no result."),
+        (0, "Nothing can be said: every run came to an end, but nothing of them can be compared."),
+    ],
+)
+def test_the_headline_counts_the_runs_without_a_result(pending, text):
+    runs = [{"pending": number < pending} for number in range(4)]
+    assert words.headline({"runs": runs, "rungs": {}, "seeds": [0, 1], "control": "plain"}) == text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepladder.core.errors import UserError
-from stepladder.core.files import write_json
+from stepladder.core.files import write_json, write_manifest
 from stepladder.train.request import agree, finished
 
 
@@ -46,7 +46,7 @@ def test_without_resume_an_existing_directory_is_refused(held, tiny):
 
 def test_only_a_grown_budget_of_the_same_unit_can_be_extended(held, tiny):
     assert agree(tiny(steps=9), held, resume=True, extend=True).extended == {"steps": 9}
-    for other in (tiny(steps=5), tiny(tokens=10**9), tiny(steps=9, lr=0.5), tiny(steps=9, eval_every=3)):
+    for other in (tiny(steps=5), tiny(tokens=10**9), tiny(steps=9, lr=0.5)):
         with pytest.raises(UserError, match="holds another run"):
             agree(other, held, resume=True, extend=True)
 
@@ -57,6 +57,26 @@ def test_only_a_grown_budget_of_the_same_unit_can_be_extended(held, tiny):
 def test_complete_and_diverged_runs_are_done(held, tiny, status, done):
     asked = agree(tiny(), held, resume=True, extend=False)
     assert not finished(held, asked)
-    write_json(held / "summary.json", {"status": status, "hash": tiny().hash()})
+    write_json(held / "summary.json", {"status": status, "hash": tiny().hash(), "steps": 6})
+    assert not finished(held, asked)  # there is no checkpoint
+    folder = held / "checkpoints/step-00000006"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("sound")
+    write_manifest(folder)
     assert finished(held, asked) is done
     assert not finished(held, agree(tiny(steps=9), held, resume=True, extend=True))
+
+
+def test_what_decides_nothing_may_change(held, tiny):
+    other = tiny("renamed", eval_samples=7, eval_every=3, save_every=2, keep=5, log_every=1)
+    other = other.model_copy(update={"eval": other.eval.model_copy(update={"samples": 9})})
+    assert other.hash() == tiny().hash()
+    asked = agree(other, held, resume=True, extend=False)
+    assert (asked.base, asked.extended) == (other.model_copy(update={"name": "run"}), None)
+    assert agree(tiny(steps=9, eval_every=3), held, resume=True, extend=True).extended == {"steps": 9}
+
+
+@pytest.mark.parametrize("summary", [{}, [], {"status": "complete"}])
+def test_a_summary_that_says_nothing_is_unfinished(held, tiny, summary):
+    write_json(held / "summary.json", summary)
+    assert not finished(held, agree(tiny(), held, resume=True, extend=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -14,7 +15,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, read_lines
 from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import from_json
-from stepladder.run import Run, latest_checkpoint, load
+from stepladder.run import Run, checkpoints, latest_checkpoint, load
 from stepladder.train import session
 from stepladder.train.loop import fit
 from stepladder.train.session import build, train
@@ -244,3 +245,73 @@ def test_a_compiled_run_learns_like_an_eager_one(tmp_path, tiny):
     losses = [read_json(home / "summary.json")["final_loss"] for home in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert load(compiled).step == 6
+
+
+def test_a_failing_evaluation_costs_no_training(tmp_path, tiny):
+    def fail(*_):
+        raise RuntimeError("in the evaluation")
+
+    with pytest.raises(RuntimeError):
+        train(tiny(save_every=100), tmp_path, evaluate=fail, quiet=True)
+    assert load(tmp_path / "run").step == 6
+    home = train(tiny(save_every=100), tmp_path, evaluate=lambda *_: {"figure": 1.0}, quiet=True)
+    lines = read_lines(home / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval" in line] == [6]
+
+
+def test_a_rehearsal_comes_before_the_directory(tmp_path, tiny):
+    def refuse(run):
+        raise UserError("no such suite")
+
+    with pytest.raises(UserError, match="no such suite"):
+        train(tiny(), tmp_path / "runs", quiet=True, rehearse=refuse)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unasked_a_checkpoint_is_kept_every_tenth_of_the_budget(tmp_path, tiny):
+    home = train(tiny(steps=25, keep=100), tmp_path, quiet=True)
+    assert [int(path.name[5:]) for path in checkpoints(home)] == [*range(3, 25, 3), 25]
+
+
+@pytest.mark.parametrize("place", ["", "run"])
+def test_a_file_in_the_way_is_one_sentence(tmp_path, tiny, place):
+    root = tmp_path / "runs"
+    if place:
+        root.mkdir()
+    (root / place).write_text("a file")
+    with pytest.raises(UserError, match="cannot be used as the directory of a run"):
+        train(tiny(), root, quiet=True)
+
+
+def test_a_finished_run_says_so_and_takes_up_what_decides_nothing(tmp_path, tiny, capsys):
+    home = train(tiny(), tmp_path, quiet=True)
+    train(tiny(), tmp_path, quiet=True)
+    assert capsys.readouterr().err == ""
+    train(tiny(eval_samples=7), tmp_path)
+    assert capsys.readouterr().err == "run: already done\n"
+    assert Run.of(read_json(home / "config.json")) == tiny(eval_samples=7)
+
+
+def test_a_finished_run_without_its_checkpoints_is_trained_anew(tmp_path, tiny):
+    home = train(tiny(), tmp_path, quiet=True)
+    weights = (latest_checkpoint(home) / "model.safetensors").read_bytes()
+    shutil.rmtree(home / "checkpoints")
+    train(tiny(), tmp_path, quiet=True)
+    assert (latest_checkpoint(home) / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_without_its_tokenizer_is_one_sentence(tmp_path, tiny):
+    home = train(tiny(), tmp_path, quiet=True)
+    (home / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer.json"):
+        load(home)
+
+
+def test_a_model_loads_onto_the_gpu_if_there_is_one(tmp_path, tiny):
+    loaded = load(train(tiny(), tmp_path, quiet=True))
+    assert loaded.model.embed.tokens.weight.is_cuda == torch.cuda.is_available()
+
+
+def test_the_overlap_of_a_task_is_measured(tmp_path, tiny):
+    home = train(tiny(), tmp_path, quiet=True)
+    assert read_json(home / "data.json")["overlap"] == {"copy": {"exact": 0, "normalised": 0, "canonical": 0}}

@@ -1,35 +1,11 @@
-"""The synthetic tasks, one file each; importing this package registers them all in ``TASKS``."""
+"""The synthetic tasks, one file each. A new file here is found by itself and registers its task in ``TASKS``."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from stepladder.data.base import TASKS
-from stepladder.data.tasks import (
-    addition,
-    chain,
-    compare,
-    copy,
-    dyck,
-    listops,
-    mod_add,
-    multiplication,
-    parity,
-    recall,
-    reverse,
-    state_tracking,
-    successor,
-)
 
-__all__ = [
-    "TASKS",
-    "addition",
-    "chain",
-    "compare",
-    "copy",
-    "dyck",
-    "listops",
-    "mod_add",
-    "multiplication",
-    "parity",
-    "recall",
-    "reverse",
-    "state_tracking",
-    "successor",
-]
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
+
+__all__ = ["TASKS"]
