@@ -86,6 +86,13 @@ def test_T2_no_gradient_flows_between_rows(name):
     assert bool((slope[[0, 1, 3, 4]] == 0).all())
 
 
+AFTER_A_DETACHED_READER = {
+    # act's halting head reads its hidden state detached (the page docs/thoughts.md says why), so what comes before it
+    # has, on purpose, not the slope of the loss. The head itself and all that comes after it have.
+    "act": ("core.halting.", "core.gate", "core.reader_norm.", "core.read.", "coda.", "norm.", "head."),
+}
+
+
 @every_architecture
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
 @pytest.mark.parametrize("packed", [False, True])
@@ -105,7 +112,9 @@ def test_T4_gradients_are_finite_differences(name, length, packed):
         return total
 
     likelihood().backward()
-    parameters, generator = list(model.parameters()), torch.Generator().manual_seed(0)
+    exact = AFTER_A_DETACHED_READER.get(name, ("",))
+    parameters = [p for n, p in model.named_parameters() if n.startswith(exact)]
+    generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         # Every parameter moves by the same length, so that none hides behind a large one.
         direction = [torch.randn(p.shape, generator=generator).double() for p in parameters]
@@ -116,7 +125,8 @@ def test_T4_gradients_are_finite_differences(name, length, packed):
                 torch._foreach_add_(parameters, direction, alpha=shift)
                 ends.append(likelihood().item())
         # The difference is off by 1e-10/6 x third derivative, and by rounding: 1e-16 x value (1e3) / 1e-5 = 1e-8.
-        found = sum((p.grad * d).sum().item() for p, d in zip(parameters, direction, strict=True))
+        pairs = zip(parameters, direction, strict=True)
+        found = sum((p.grad * d).sum().item() for p, d in pairs if p.grad is not None)  # None: must not move the loss
         assert found == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-6)
 
 
