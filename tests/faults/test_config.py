@@ -1,4 +1,4 @@
-"""Faults C1, C2, C3, C5, C6: what is wrong in a configuration is refused by name, and nothing is executed."""
+"""Faults C1 to C6 (C7: unit/report/test_verdict, C8: test_training): what is wrong in a configuration is refused by name, and nothing is executed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import model_validator
 from stepladder.core.config import Config, Field, override, read_tree, validate
 from stepladder.core.errors import UserError
 from stepladder.core.files import safe_name
+from stepladder.run import read
 
 
 class Model(Config):
@@ -142,3 +143,10 @@ def test_C6_ambiguous_files_are_refused_with_the_line(
     tmp_path: Path, name: str, text: str | bytes, sentence: str
 ) -> None:
     assert sentence in refusal(tmp_path, text, name)
+
+
+def test_C4_a_run_file_and_plain_flags_together_are_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: transformer\n")
+    with pytest.raises(UserError, match=r"not both; with a file, write model\.kind="):
+        read(path, [], {"model": "transformer", "steps": None})

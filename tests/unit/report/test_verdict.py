@@ -63,7 +63,7 @@ def test_the_family_is_all_judged_rungs_times_primary_measures(verdict):
             assert c["p_holm"] >= c["p"]
 
 
-def test_unequal_cost_refuses_the_verdict_and_shows_the_numbers(verdict):
+def test_C7_unequal_cost_refuses_the_verdict_and_shows_the_numbers(verdict):
     assert set(words(verdict, "fat").values()) == {"not matched"}
     fat = verdict["rungs"]["fat"]
     assert fat["residual"] == pytest.approx(0.04)
