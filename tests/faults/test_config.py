@@ -1,4 +1,4 @@
-"""Faults C1 to C6 (C7: unit/report/test_verdict, C8: test_training): what is wrong in a configuration is refused by name, and nothing is executed."""
+"""Faults C1 to C6 (C7: unit/report/test_verdict, C8: test_training): refused by name, and nothing is executed."""
 
 from __future__ import annotations
 
