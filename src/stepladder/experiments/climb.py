@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import stepladder.eval  # noqa: F401  (registers the suites)
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
 from stepladder.data.stream import TaskSource
 from stepladder.eval.suite import SUITES
 from stepladder.experiments.ladder import Ladder, Rung, leaves
-from stepladder.run import EvalConfig, Run
+from stepladder.experiments.race import race
+from stepladder.run import EvalConfig, Run, TrainConfig
+from stepladder.train import session
 
 GRACE = 60.0
 """Seconds that interrupted runs have to write their checkpoints."""
@@ -60,7 +64,8 @@ def climb(
     Runs that are complete are left as they are, interrupted ones go on from their last checkpoint. A run that
     fails is recorded with the end of its log and counts against its rung; one that the user has to mend something
     for stays without a result; the others go on. A folder that holds runs of another ladder, or is being climbed, is
-    refused. ``command`` is what the page says how to do it again.
+    refused. ``jobs``: runs at a time; by default one for each GPU, or without any, cores / threads. When no run is
+    left, the rungs are timed side by side. ``command`` is what the page says how to do it again.
     """
     home = root / ladder.name
     todo = [Job(name, planned(rung, name, seed)) for seed in ladder.seeds for name, rung in rungs.items()]
@@ -71,8 +76,37 @@ def climb(
         waiting = [job for job in todo if not finished(home / job.run.name, job.run)]
         if len(waiting) < len(todo):
             say(f"{len(todo) - len(waiting)} of {len(todo)} runs are already done")
-        width = jobs or max(1, (os.cpu_count() or 1) // (todo[0].run.train.threads or 1))
-        return home, _work(waiting, home, width, plugins, say)
+        gpus = visible_gpus(todo[0].run.train)
+        width = jobs or len(gpus) or max(1, (os.cpu_count() or 1) // (todo[0].run.train.threads or 1))
+        failed = _work(waiting, home, width, gpus, plugins, say)
+        _time(ladder, rungs, home, plugins, say)
+        return home, failed
+
+
+def visible_gpus(train: TrainConfig) -> list[str]:
+    """The GPUs to train on, as CUDA names them in this process; none on a CPU."""
+    if session.pick_device(train).type == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _time(
+    ladder: Ladder, rungs: dict[str, Rung], home: Path, plugins: tuple[str, ...], say: Callable[[str], None]
+) -> None:
+    """Race the rungs that have a trained run, unless that was done: timing.json."""
+    configs = {
+        name: home / "configs" / f"{planned(rung, name, ladder.seeds[0]).name}.json" for name, rung in rungs.items()
+    }
+    configs = {name: config for name, config in configs.items() if config.is_file()}
+    place = home / "timing.json"
+    if not ladder.timing or len(configs) < 2 or (place.is_file() and set(read_json(place)["seconds"]) >= set(configs)):
+        return
+    say(f"timing {len(configs)} rungs side by side, {ladder.timing} rounds")
+    found = race(ladder.control, configs, home / "logs", ladder.timing, plugins)
+    for name, reason in found["errors"].items():
+        say(f"{name} has no time: {reason}")
+    write_json(place, found)
 
 
 def planned(rung: Rung, name: str, seed: int) -> Run:
@@ -174,9 +208,11 @@ def _evaluated(results: Path, suite: str, asked: EvalConfig) -> bool:
     return same and found.get("status") in _CHECKED.get(suite, _ENDS)
 
 
-def _work(jobs: list[Job], home: Path, width: int, plugins: tuple[str, ...], say: Callable[[str], None]) -> list[str]:
-    """Run the jobs, ``width`` at a time; returns the names of those that failed."""
-    running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
+def _work(
+    jobs: list[Job], home: Path, width: int, gpus: list[str], plugins: tuple[str, ...], say: Callable[[str], None]
+) -> list[str]:
+    """Run the jobs, ``width`` at a time and each on the GPU with the fewest; returns the names of those that failed."""
+    running: dict[subprocess.Popen[bytes], tuple[Job, float, str | None]] = {}
     queue, failed = list(jobs), []
     done = 0
     with _signals() as received:
@@ -184,9 +220,11 @@ def _work(jobs: list[Job], home: Path, width: int, plugins: tuple[str, ...], say
             while (queue or running) and not received:
                 while queue and len(running) < width and not received:
                     job = queue.pop(0)
-                    running[_start(job, home, plugins)] = (job, time.monotonic())
+                    busy = [gpu for *_, gpu in running.values()]
+                    gpu = min(gpus, key=busy.count, default=None)
+                    running[_start(job, home, gpu, plugins)] = (job, time.monotonic(), gpu)
                 for process in [p for p in running if p.poll() is not None]:
-                    job, began = running.pop(process)
+                    job, began, _ = running.pop(process)
                     done += 1
                     took = time.monotonic() - began
                     text = _outcome(process.returncode, home, job)
@@ -231,10 +269,11 @@ def _stop(running: list[subprocess.Popen[bytes]], received: list[int]) -> None:
             process.wait()
 
 
-def _start(job: Job, home: Path, plugins: tuple[str, ...]) -> subprocess.Popen[bytes]:
+def _start(job: Job, home: Path, gpu: str | None, plugins: tuple[str, ...]) -> subprocess.Popen[bytes]:
     """A child that trains and evaluates one run; what it prints goes to logs/<run>.log."""
     config = home / "configs" / f"{job.run.name}.json"
     write_json(config, job.run.tree())
+    place = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     log = home / "logs" / f"{job.run.name}.log"
     log.parent.mkdir(exist_ok=True)
     threads = str(job.run.train.threads or os.cpu_count() or 1)
@@ -245,7 +284,7 @@ def _start(job: Job, home: Path, plugins: tuple[str, ...]) -> subprocess.Popen[b
             command,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            env={**os.environ, **place, "OMP_NUM_THREADS": threads},
             start_new_session=True,  # the terminal's SIGINT comes to us alone; we tell the children, once
         )
 

@@ -37,6 +37,7 @@ class Ladder(Config):
     match: Literal["params", "train_flops", "none"] = Field("params", description="what is made equal to the control")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="family-wise error rate of the verdicts")
     margin: float = Field(0.02, gt=0, lt=1, description="differences of accuracy within this count as equivalent")
+    timing: int = Field(5, ge=0, description="rounds of the side-by-side timing at the end; 0 = none")
     margin_bits: float = Field(0.02, gt=0, description="the same for bits per byte")
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ def train(
         return run_dir
     run = asked.base
     device = pick_device(run.train)
-    with _torch_settings(run.train, device):
+    with torch_settings(run.train, device):
         stream = Stream(run.data, run.seed, cache_folder())
         model = build(run, stream.tokenizer.vocab).to(device)
         optimizer = adamw(model, run.train)
@@ -142,7 +142,7 @@ def build(run: Run, vocab: int) -> LanguageModel:
 
 
 @contextmanager
-def _torch_settings(train: TrainConfig, device: torch.device) -> Iterator[None]:
+def torch_settings(train: TrainConfig, device: torch.device) -> Iterator[None]:
     """The number of threads and, on a CPU, algorithms that sum in one order; put back afterwards."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic

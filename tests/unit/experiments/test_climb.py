@@ -9,12 +9,14 @@ import threading
 import time
 
 import pytest
+import torch
 
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
 from stepladder.experiments import climb as climbing
 from stepladder.experiments.ladder import expand, read
 from stepladder.report.evidence import gather
+from stepladder.run import TrainConfig
 
 LADDER = {
     "name": "first",
@@ -49,7 +51,8 @@ def go(tmp_path, monkeypatch):
         ladder = read(path, list(overrides))
         rungs = expand(ladder, tmp_path / "cache")
 
-        def start(job, home, plugins):
+        def start(job, home, gpu, plugins):
+            climb.gpus.append(gpu)
             words = [str(home / job.run.name), job.run.hash(), json.dumps(job.run.tree())]
             log = home / "logs" / f"{job.run.name}.log"
             log.parent.mkdir(exist_ok=True)
@@ -62,7 +65,7 @@ def go(tmp_path, monkeypatch):
         monkeypatch.setattr(climbing, "_start", start)
         return climbing.climb(ladder, rungs, tmp_path / "runs", jobs=2, say=said.append, **options)
 
-    climb.said = said
+    climb.said, climb.gpus = said, []
     climb.home = tmp_path / "runs" / "first"
     return climb
 
@@ -201,7 +204,26 @@ def test_children_have_a_session_of_their_own(tmp_path, monkeypatch):
     path = tmp_path / "ladder.json"
     path.write_text(json.dumps(LADDER))
     rung = expand(read(path, []), tmp_path)["plain"]
-    climbing._start(climbing.Job("plain", climbing.planned(rung, "plain", 3)), tmp_path, ("mine.py",))
+    climbing._start(climbing.Job("plain", climbing.planned(rung, "plain", 3)), tmp_path, "1", ("mine.py",))
     assert given["start_new_session"] is True
     assert given["command"][-2:] == ["--plugin", "mine.py"]
     assert read_json(tmp_path / "configs" / "plain-s3.json")["seed"] == 3
+
+
+def test_runs_go_to_the_gpu_with_the_fewest(go, monkeypatch):
+    monkeypatch.setattr(climbing, "visible_gpus", lambda train: ["3", "5"])
+    assert go(overrides=["seeds=[0, 1]"])[1] == []
+    assert sorted(go.gpus) == ["3", "3", "5", "5"]
+
+
+def test_without_a_gpu_no_device_is_chosen(go):
+    go()
+    assert go.gpus == [None, None]
+
+
+def test_gpus_are_those_that_this_process_may_see(monkeypatch):
+    monkeypatch.setattr(climbing.session, "pick_device", lambda train: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert climbing.visible_gpus(TrainConfig(steps=1)) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc")
+    assert climbing.visible_gpus(TrainConfig(steps=1)) == ["2", "GPU-abc"]
