@@ -52,5 +52,5 @@ def test_a_break_in_the_graph_shows():
         def forward(self, x):
             return x + 1 if bool(x.sum() > 0) else x - 1
 
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         torch.compile(Broken(), backend="eager", fullgraph=True)(torch.ones(2))
