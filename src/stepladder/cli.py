@@ -64,6 +64,9 @@ def train(
     tasks: Annotated[str | None, typer.Option(help="tasks, comma-separated, in place of a run file")] = None,
     text: Annotated[str | None, typer.Option(help="text or jsonl(.gz) file, in place of a run file")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps, in place of a run file")] = None,
+    alg_tokens: Annotated[float | None, typer.Option(help="curriculum: tokens of tasks first, such as 2e6")] = None,
+    total_tokens: Annotated[float | None, typer.Option(help="curriculum: all tokens, then --text [pydoc]")] = None,
+    alg_tasks: Annotated[str | None, typer.Option(help="curriculum: tasks, comma-separated; default: all")] = None,
     name: Annotated[str | None, typer.Option(help="name of the run")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the run")] = None,
     runs: Runs = Path("runs"),
@@ -78,7 +81,9 @@ def train(
     from stepladder.eval import suite
     from stepladder.train import session
 
-    flags = {"model": model, "tasks": ",".join(_names(tasks)) or tasks, "text": text, "steps": steps}
+    flags: dict[str, Any] = {"model": model, "text": text, "steps": steps}
+    flags |= {"tasks": ",".join(_names(tasks)) or tasks, "alg_tasks": ",".join(_names(alg_tasks)) or alg_tasks}
+    flags |= {"alg_tokens": alg_tokens, "total_tokens": total_tokens}
     run = running.read(config, overrides or [], flags, name=name, seed=seed)
     home = session.train(run, runs, evaluate=suite.quick, rehearse=suite.check, extend=extend, quiet=quiet)
     if evaluate and not suite.done(home, run):
@@ -91,6 +96,7 @@ def evaluate_run(
     run: Annotated[Path, typer.Argument(help="directory of a run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="such as samples=1000", show_default=False)] = None,
     suites: Annotated[str | None, typer.Option("--suite", help="comma-separated suites, or all")] = None,
+    tasks: Annotated[str | None, typer.Option(help="only these tasks of the run, comma-separated")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Evaluate a trained run on suites; writes per-example records and results beside it."""
@@ -100,7 +106,8 @@ def evaluate_run(
     from stepladder.run import EvalConfig
 
     tree = override(loaded.run.eval.model_dump(mode="json"), overrides or [])
-    config = validate(EvalConfig, tree, "eval")
+    only = {} if tasks is None else {"tasks": _names(tasks) or (tasks,)}
+    config = validate(EvalConfig, {**tree, **only}, "eval")
     results = suite.evaluate(loaded, _names(suites) or config.suites, run, config)
     _print_results(results, quiet=False)
     if any(result.get("status") == "failed" for result in results):
@@ -206,6 +213,7 @@ def show(
     vocab: Annotated[int, typer.Option(min=4, help="vocabulary")] = 259,
     context: Annotated[str, typer.Option(help="context lengths, comma-separated")] = "128,1024,4096",
     batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    precision: Annotated[str, typer.Option(help="of training: fp32 or bf16")] = "fp32",
     ticks: Ticks = None,
     plugin: Plugins = None,
 ) -> None:
@@ -219,9 +227,9 @@ def show(
         console.print(showing.fields(name, showing.SECTIONS[name]))
         return
     chosen = sized(name, size, vocab, **override({}, overrides or []))
-    console.print(showing.fields(chosen.kind, type(chosen)))
-    console.print(showing.costs(chosen, vocab, context, batch, ticks))
-    console.print(showing.layers(chosen, vocab, ticks))
+    costs = showing.costs(chosen, vocab, context, batch, ticks, precision)  # first: a mistake prints nothing else
+    for part in (showing.fields(chosen.kind, type(chosen)), costs, showing.layers(chosen, vocab, ticks)):
+        console.print(part)
     _say("\n".join(showing.hops(train)))
 
 

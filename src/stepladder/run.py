@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,8 @@ from pydantic import BeforeValidator, SerializeAsAny, model_validator
 from stepladder.core.config import Config, Field, chosen, digest, override, read_tree, validate
 from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, safe_name, verify_manifest
+from stepladder.data.corpora import PYDOC
+from stepladder.data.curriculum import curriculum, fitting
 from stepladder.data.stream import DataConfig
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.data.tokenizers import from_json as tokenizer_from_json
@@ -69,6 +72,7 @@ class TrainConfig(Config):
 
 
 Ticks = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=16, le=1 << 24)]
 
 
 class EvalConfig(Config):
@@ -84,6 +88,10 @@ class EvalConfig(Config):
     seed: int = Field(1234, ge=0, description="key of the evaluation items: the same for every rung and seed")
     text_tokens: int = Field(200_000, ge=1, description="validation tokens scored per text source, at most")
     ticks: tuple[Ticks, ...] = Field((), description="depth suite: tick budgets to evaluate at")
+    lengths: tuple[Length, ...] = Field(
+        (256, 512, 1024, 2048, 4096), min_length=1, description="longctx suite: tokens of an item, answer included"
+    )
+    tasks: tuple[str, ...] = Field((), description="tasks that suites of tasks are restricted to; default: all")
 
 
 BOOKKEEPING = ("log_every", "eval_every", "eval_samples", "save_every", "keep")
@@ -134,32 +142,70 @@ def read(
 ) -> Run:
     """A run from a file with ``path=value`` overrides, or from plain flags; never from both.
 
-    flags: model, tasks (comma-separated), text, steps; None where not given. Without a file they choose from small
-    defaults that train on a laptop. name and seed replace the file's.
+    flags: model, tasks (comma-separated), text, steps; or, for a curriculum of tasks first and text then, model, text,
+    alg_tasks (comma-separated; default: all), alg_tokens, total_tokens; None where not given. Without a file they
+    choose from small defaults that train on a laptop. name and seed replace the file's.
     """
     if path is not None and "=" in path.name:  # no file was given, and this is the first override
         path, overrides = None, [str(path), *overrides]
     given = {flag: value for flag, value in (flags or {}).items() if value is not None}
     if path is not None and given:
         raise UserError(
-            f"give either the run file {path} or --{' --'.join(given)}, not both; with a file, write model.kind=..., "
+            f"give either the run file {path} or {_dashed(given)}, not both; with a file, write model.kind=..., "
             "train.steps=... instead"
         )
-    tree = read_tree(path) if path is not None else _from_flags(given)
+    tree = read_tree(path) if path is not None else _from_flags(given, overrides)
     own = {"name": name or tree.get("name") or (path.stem if path else "run"), "seed": seed}
     tree = {**tree, **{field: value for field, value in own.items() if value is not None}}
     return Run.of(override(tree, overrides), str(path or "flags"))
 
 
-def _from_flags(given: dict[str, Any]) -> dict[str, Any]:
+def _from_flags(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    if given.keys() & {"alg_tasks", "alg_tokens", "total_tokens"}:
+        return _curriculum(given, overrides)
     tasks = [{"kind": "task", "task": task} for task in str(given.get("tasks", "")).split(",") if task]
     texts = [{"kind": "text", "path": given["text"]}] if "text" in given else []
     default = [{"kind": "task", "task": "copy"}] if not tasks and not texts else []
+    return _small(given, tasks + texts + default, {"steps": given.get("steps", 500)})
+
+
+def _small(given: dict[str, Any], sources: list[dict[str, Any]], budget: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": {"kind": given.get("model", "transformer"), "width": 64, "depth": 2},
-        "data": {"sequence": 64, "sources": tasks + texts + default},
-        "train": {"steps": given.get("steps", 500)},
+        "data": {"sequence": 64, "sources": sources},
+        "train": budget,
     }
+
+
+def _curriculum(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    if wrong := given.keys() & {"tasks", "steps"}:
+        raise UserError(
+            f"{_dashed(wrong)} cannot be given with a curriculum; its tasks are --alg-tasks and its budget is"
+            " --alg-tokens and --total-tokens"
+        )
+    if missing := {"alg_tokens", "total_tokens"} - given.keys():
+        raise UserError(
+            f"a curriculum needs {_dashed(missing)} too; give both its budgets, as in --alg-tokens 2e6"
+            " --total-tokens 1e7"
+        )
+    first, total = given["alg_tokens"], given["total_tokens"]
+    text = given.get("text", PYDOC if first < total else None)
+    # The plan counts in steps, and how many tokens one has is for the overrides to say: ask a run with a stand-in.
+    stand_in = _small(given, curriculum(["copy"], text, first, total, tokens_per_step=1), {"tokens": total})
+    run = Run.of(override(stand_in, [o for o in overrides if not o.lstrip().startswith("data.sources")]), "flags")
+    tasks = [task for task in str(given.get("alg_tasks", "all")).split(",") if task]
+    left_out: list[str] = []
+    if tasks == ["all"]:
+        tasks, left_out = fitting(run.data.sequence)
+    sources = curriculum(tasks, text, first, total, run.train.batch * run.data.sequence)
+    for sentence in left_out:
+        print(f"stepladder: {sentence}", file=sys.stderr)
+    return _small(given, sources, {"tokens": total})
+
+
+def _dashed(flags: Iterable[str]) -> str:
+    """Flags as they are typed."""
+    return " ".join(f"--{flag.replace('_', '-')}" for flag in sorted(flags))
 
 
 CHECKPOINT_SCHEMA = 1

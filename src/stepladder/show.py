@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.tree import Tree
 from torch import nn
 
-from stepladder.core.config import Config, canonical
+from stepladder.core.config import Config, canonical, validate
 from stepladder.core.errors import UserError
 from stepladder.data.stream import DataConfig
 from stepladder.experiments.ladder import Ladder
 from stepladder.experiments.match import cost
+from stepladder.experiments.memory import decoding, training
 from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
@@ -28,25 +29,48 @@ SECTIONS: dict[str, type[Config]] = {"train": TrainConfig, "data": DataConfig, "
 """The parts of run and ladder files by name: ``stepladder show train`` lists their fields."""
 
 
-def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None) -> Table:
-    """Parameters, FLOPs, state and memory at several context lengths, comma-separated."""
+MEMORY = (
+    "Measured on the calls themselves, nothing allocated. saved: for the backward pass. train in: the peak of an "
+    "update with AdamW. state: kept from token to token. decode in: the peak of a prompt and one more token."
+)
+"""What the columns of memory say; ``experiments.memory`` tells what they leave out."""
+
+
+def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None = None, precision: str = "fp32") -> Table:
+    """Parameters, FLOPs and measured memory at several context lengths, comma-separated.
+
+    ``precision`` is that of training; decoding is in float32. A context that the model refuses has an empty row.
+    """
     lengths = [int(length) for length in contexts.split(",") if length.strip().isdecimal() and int(length) > 0]
     if len(lengths) < len(contexts.split(",")):
         raise UserError(f"--context {contexts}: give positive whole numbers, comma-separated, such as 128,1024")
-    title = f"{of.kind}, vocabulary {vocab:,}, batch {batch}, float32"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns hold it
-    for column in ("context", "ticks", "params", "FLOPs/tok", "to train", "state", "train in", "decode in"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    own = ticks or getattr(of, "ticks", None) or 1
+    train = validate(TrainConfig, {"steps": 1, "precision": precision}, "train")
+    rows: dict[int, list[str]] = {}
+    refused: dict[int, UserError] = {}
     for context in lengths:
-        price = cost(of, vocab, context, ticks)
-        # Weights, gradients, AdamW's two moments and saved activations; weights and state alone when decoding.
-        train = 16 * price.params + activations(of, vocab, batch * context, own)
-        decode = 4 * price.params + batch * price.state_bytes
-        counts = (price.params, price.flops, 3 * price.flops)
-        memory = (price.state_bytes, train, decode)
-        table.add_row(f"{context:,}", str(own), *map(number, counts), *map(size, memory))
+        try:
+            rows[context] = _costs(of, vocab, context, batch, ticks, train)
+        except UserError as error:
+            rows[context], refused[context] = [], error
+    if not any(rows.values()):
+        raise refused[lengths[0]]
+    own = ticks or getattr(of, "ticks", None) or 1
+    title = f"{of.kind}, vocabulary {vocab:,}, batch {batch}, {own} tick{'s'[: own > 1]}, trained in {precision}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    for column in ("context", "params", "FLOPs/tok", "to train", "saved", "train in", "state", "decode in"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))  # 80 characters hold them all
+    for context, row in rows.items():
+        table.add_row(f"{context:,}", *row)
+    table.caption = escape("\n".join([MEMORY, *(f"{context:,}: {error}" for context, error in refused.items())]))
     return table
+
+
+def _costs(of: Spec, vocab: int, context: int, batch: int, ticks: int | None, train: TrainConfig) -> list[str]:
+    update = training(of, vocab, batch, context, train, ticks)
+    reading = decoding(of, vocab, batch, context, ticks)
+    price = cost(of, vocab, context, ticks)
+    counts = (price.params, price.flops, 3 * price.flops)
+    return [*map(number, counts), *map(size, (update.saved, update.peak, reading.state, reading.peak))]
 
 
 def fields(name: str, of: type[Config]) -> Table:
@@ -65,31 +89,22 @@ def _shown(default: Any) -> str:
     return "its own" if isinstance(default, Config) else canonical(default)
 
 
-def activations(spec: Spec, vocab: int, tokens: int, ticks: int) -> float:
-    """Bytes of activations saved for the backward pass: outputs of all linear maps, and twice their inputs."""
-    with torch.device("meta"):
-        model = spec.build(vocab)
-    linear = [m for m in model.core.modules() if isinstance(m, nn.Linear)]
-    per_token = sum(m.out_features + 2 * m.in_features for m in linear) * ticks + vocab
-    return 4.0 * tokens * per_token
-
-
 def number(count: float) -> str:
     """A count in words: three digits and a unit."""
-    for unit in ("", " k", " M", " G"):
+    for unit in ("", " k", " M", " G", " T"):
         if count < 999.5:
             return f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.4g} T"
+    return f"{count:.4g} P"
 
 
 def size(count: float) -> str:
     """Bytes in words."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1024
-    return f"{count:.4g} TiB"
+    return f"{count:.4g} PiB"
 
 
 def layers(spec: Spec, vocab: int, ticks: int | None = None) -> Tree:

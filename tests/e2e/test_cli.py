@@ -1,6 +1,5 @@
 """The commands as a user meets them: real processes, real exit codes, one sentence for every mistake."""
 
-import io
 import json
 import os
 import subprocess
@@ -89,6 +88,8 @@ MISTAKES = [
     (["train", "--name", "../outside"], "../outside"),
     (["train", "absent.yaml"], "absent.yaml"),
     (["train", "given.yaml", "--model", "transformer"], "not both"),
+    (["train", "--alg-tokens", "2e7", "--total-tokens", "1e7"], "give 0 < alg_tokens <= total_tokens"),
+    (["train", "--alg-tasks", "copy", "--steps", "3"], "--steps cannot be given with a curriculum"),
     (["train", "--plugin", "absent.py"], "absent.py"),
     (["eval", "runs/absent"], "runs/absent"),
     (["sample", "runs/absent", "x"], "runs/absent"),
@@ -103,6 +104,8 @@ MISTAKES = [
     (["train", "given.yaml", "--runs", "given.py/runs"], "given.py"),
     (["show", "transformer", "--size", "huge"], "sizes:"),
     (["show", "transformer", "--context", "many"], "context"),
+    (["show", "transformer", "--precision", "int8"], "precision = 'int8': must be 'fp32' or 'bf16'"),
+    (["show", "transformer", "--ticks", "3"], "this architecture has no loop, so ticks=3 means nothing"),
 ]
 
 
@@ -137,8 +140,9 @@ def test_check_passes_the_control_on_a_fast_law(stepladder):
 
 
 def test_show_and_list_print_what_there_is(stepladder):
-    shown = stepladder("show", "shared_loop", "width=64", "--context", "64,128", "--ticks", "8")
+    shown = stepladder("show", "shared_loop", "width=64", "--context", "64,128", "--ticks", "8", "--precision", "bf16")
     assert shown.returncode == 0, shown.stderr
+    assert "8 ticks, trained in bf16" in shown.stdout
     assert "models.lm.LanguageModel.forward" in shown.stdout
     assert "train/step.py" in shown.stdout
     assert "↻ 8 ticks" in shown.stdout
@@ -148,18 +152,6 @@ def test_show_and_list_print_what_there_is(stepladder):
     listed = stepladder("list").stdout
     for name in ("shared_loop", "parity", "likelihood", "causal"):
         assert name in listed
-
-
-def test_costs_fit_a_terminal_of_80_columns():
-    from rich.console import Console
-
-    from stepladder import show
-    from stepladder.models.zoo import spec
-
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(show.costs(spec("shared_loop"), 259, "128,4096,131072", 1023, 8))
-    assert "…" not in console.export_text()
-    assert show.size(1023) == "0.999 KiB"
 
 
 def test_an_interrupted_command_says_so(monkeypatch, capsys):
@@ -208,6 +200,27 @@ def test_train_evaluate_sample_and_read_back(stepladder, tmp_path):
     loaded = sl.load(run)
     assert loaded.step == 6
     assert {r["task"] for r in sl.records(run)["algorithmic"]} == {"copy"}
+
+    only = stepladder("eval", run, "samples=3", "--suite", "algorithmic", "--tasks", "copy")
+    assert "only copy" in only.stdout
+    refused = stepladder("eval", run, "--tasks", "cpoy")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "eval.tasks: 'cpoy' is no task of this run — did you mean 'copy'?; it has copy" in refused.stderr
+
+
+def test_a_curriculum_from_flags_trains_and_scores_both_kinds(stepladder, tmp_path):
+    words = ["train", "--alg-tasks", "copy, parity", "--alg-tokens", "5_120", "--total-tokens", "1e4", "train.batch=16"]
+    small = ["model.width=16", "model.depth=1", "eval.samples=3", "eval.text_tokens=500"]
+    done = stepladder(*words, *small, "--name", "two")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "two"
+    sources = json.loads((run / "config.json").read_text())["data"]["sources"]
+    weights = [[[4, 0.5], [5, 0.075]]] * 2 + [[[4, 0.0], [5, 0.85]]]
+    assert [source["weight"] for source in sources] == weights
+    assert json.loads((run / "summary.json").read_text())["steps"] == 10
+    assert {r["task"] for r in sl.records(run)["algorithmic"]} == {"copy", "parity"}
+    assert {r["source"] for r in sl.records(run)["likelihood"]} == {"pydoc"}
 
 
 def test_climb_on_a_text_of_ones_own_and_report_again(stepladder, tmp_path):

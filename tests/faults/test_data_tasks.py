@@ -104,6 +104,10 @@ GOLDEN = {
     "listops": "(x75(n051)5)=",
     "mod_add": "517+280%556=",
     "multiplication": "6*1=",
+    "needle": (
+        " the silver left the cotton. the word of eagle=vugob. the word of ginger=segov. the word of spider=fupob. "
+        "the word of temple=lefad. the word of ribbon=renul. the maple held the hammer. the word of spider="
+    ),
     "parity": "100110111^=",
     "recall": "k:h5m2q0n1t4?mtqh=",
     "reverse": "r:492953563=",

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from stepladder.data.curriculum import curriculum
+from stepladder.data.stream import DataConfig
 from stepladder.run import read
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -18,3 +20,12 @@ def test_a_preset_is_a_valid_run(path):
     run = read(path, ["seed=3"])
     assert run.name == path.stem
     assert run.seed == 3
+
+
+def test_the_curriculum_is_what_its_budgets_make():
+    run = read(Path(__file__).parents[2] / "configs" / "curriculum.yaml", [])
+    *tasks, text = run.data.sources
+    per_step = run.train.batch * run.data.sequence
+    plan = curriculum([source.task for source in tasks], text.path, run.train.tokens / 2, run.train.tokens, per_step)
+    assert DataConfig(sources=plan).sources == run.data.sources
+    assert all(source.sizes(run.train.tokens // per_step // 4) == source.task.train for source in tasks)

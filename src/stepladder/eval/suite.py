@@ -14,13 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from stepladder.core.config import canonical, validate
 from stepladder.core.errors import UserError
 from stepladder.core.files import append_lines, read_json, read_lines, source_digest, write_json
-from stepladder.core.registry import Registry
+from stepladder.core.registry import Registry, did_you_mean
 from stepladder.data.base import Task
 from stepladder.data.stream import Stream, TaskSource
 from stepladder.data.tokenizers import Tokenizer
@@ -40,8 +41,9 @@ Needs = Literal["task", "text", "any"]
 class Job:
     """What a suite is given: a model in evaluation mode, the tokenizer, the run, and what to evaluate.
 
-    stream: the run's data, where they were opened already. advance: to be called with a share of the whole work, in
-    0..1, whenever it is done; for the progress display.
+    run: for a suite that needs a task, with those task sources only that ``config.tasks`` names. stream: the run's
+    data, where they were opened already. advance: to be called with a share of the whole work, in 0..1, whenever it
+    is done; for the progress display.
     """
 
     model: LanguageModel
@@ -56,7 +58,8 @@ class Job:
 class Outcome:
     """What a suite found.
 
-    body: its part of the results (cells, likelihood, checks). records: one line per item. items: what was asked,
+    body: its part of the results (cells, likelihood, checks); or, where there is nothing that it could do, one
+    sentence under "message" that says why. records: one line per item. items: what was asked,
     item by item, without what the model made of it: equal digests mean that two runs were asked the same.
     """
 
@@ -76,7 +79,8 @@ class Suite:
     """A registered suite. Its docstring is that of its function.
 
     needs: the source without which there is nothing to do. show: complete results as a table for the terminal.
-    quick: a brief form for use during training, scores by name.
+    quick: a brief form for use during training, scores by name. texts: whether it reads the run's text sources, if
+    there are any.
     """
 
     name: str
@@ -84,21 +88,28 @@ class Suite:
     evaluate: Evaluate
     show: Show
     quick: Quick | None
+    texts: bool
 
     def missing(self, run: Run) -> bool:
         """Whether ``run`` has nothing that this suite could evaluate."""
         return self.needs != "any" and all(source.kind != self.needs for source in run.data.sources)
+
+    def narrowed(self, run: Run, config: EvalConfig) -> Run:
+        """The run as this suite sees it."""
+        return restricted(run, config.tasks) if self.needs == "task" else run
 
 
 SUITES: Registry[Suite] = Registry("suite")
 """All suites; importing ``stepladder.eval`` fills it."""
 
 
-def suite(name: str, needs: Needs, show: Show, quick: Quick | None = None) -> Callable[[Evaluate], Evaluate]:
+def suite(
+    name: str, needs: Needs, show: Show, quick: Quick | None = None, *, texts: bool = False
+) -> Callable[[Evaluate], Evaluate]:
     """``@suite("depth", needs="task", show=table)`` above a function of a Job registers it; see Suite."""
 
     def enter(function: Evaluate) -> Evaluate:
-        entry = Suite(name, needs, function, show, quick)
+        entry = Suite(name, needs, function, show, quick, texts or needs == "text")
         entry.__doc__ = function.__doc__
         SUITES.add(name, entry, aliases={name.replace("_", "-")} - {name})
         return function
@@ -119,8 +130,8 @@ def evaluate(
     out_dir: default the run's directory. config: default the run's own. quiet: no progress on stderr. Results are
     written when a suite is complete; one that is cut short, by whatever, leaves the status "interrupted" and no
     numbers. A suite for which the run has no source is complete and says so in "message". An unknown name, a flawed
-    config, and data other than those trained on are a UserError before anything runs or is cleared. The model, its
-    mode and torch's generators are as before.
+    config, a task that the run does not have, and data other than those trained on are a UserError before anything
+    runs or is cleared. The model, its mode and torch's generators are as before.
     """
     chosen = _chosen(names)
     out = loaded.path.parent.parent if out_dir is None else Path(out_dir)
@@ -132,17 +143,18 @@ def evaluate(
     with evaluating(loaded.model), _progress(quiet) as progress:
         for name in chosen:
             bar = progress.add_task(name, total=1.0)
-            job = Job(loaded.model, loaded.tokenizer, loaded.run, config, stream, partial(progress.advance, bar))
-            results.append(_run(SUITES.get(name), job, meta, out))
+            entry = SUITES.get(name)
+            run, advance = entry.narrowed(loaded.run, config), partial(progress.advance, bar)
+            results.append(_run(entry, Job(loaded.model, loaded.tokenizer, run, config, stream, advance), meta, out))
             progress.update(bar, completed=1.0)
     return results
 
 
 def check(run: Run) -> None:
-    """Raise the UserError that evaluating ``run`` would end in: an unknown suite, a size without items."""
+    """Raise the UserError that evaluating ``run`` would end in: an unknown suite or task, a size without items."""
     _chosen(run.eval.suites)
     _draw(run, run.eval)
-    for task in _tasks(run):
+    for task in _tasks(restricted(run, run.eval.tasks)):
         task.batch(run.eval.seed, "valid", np.arange(run.train.eval_samples), task.train)
 
 
@@ -172,13 +184,29 @@ def _chosen(names: Sequence[str]) -> list[str]:
     return SUITES.names() if "all" in names else list(dict.fromkeys(map(SUITES.name, names)))
 
 
+def restricted(run: Run, tasks: Sequence[str]) -> Run:
+    """The run without its other task sources; the names of those that stay are as before. No tasks restrict nothing.
+
+    Raises UserError for a task that the run was not trained on.
+    """
+    if not tasks:
+        return run
+    known = list(dict.fromkeys(s.label for s in run.data.sources if isinstance(s, TaskSource)))
+    for name in tasks:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none at all"
+            raise UserError(f"eval.tasks: '{name}' is no task of this run{did_you_mean(name, known)}; {has}")
+    kept = tuple(s for s in run.data.sources if not isinstance(s, TaskSource) or s.label in tasks)
+    return run.model_copy(update={"data": run.data.model_copy(update={"sources": kept})})
+
+
 def _tasks(run: Run) -> list[Task]:
     return [source.task for source in run.data.sources if isinstance(source, TaskSource)]
 
 
 def _draw(run: Run, config: EvalConfig) -> None:
     """Draw one item of every evaluated size."""
-    for task in _tasks(run):
+    for task in _tasks(restricted(run, config.tasks)):
         sizes = np.array(task.iid + task.ood, dtype=np.int64)
         task.batch(config.seed, "test", np.zeros(len(sizes), np.int64), sizes)
 
@@ -187,7 +215,7 @@ def _stream(loaded: Loaded, chosen: Sequence[str]) -> Stream | None:
     """The run's data, which must be those it was trained on; None if only texts that no suite needs would be read."""
     run, known = loaded.run, loaded.path.parent.parent / "data.json"
     texts = any(source.kind == "text" for source in run.data.sources)
-    if texts and all(SUITES.get(name).needs != "text" for name in chosen):
+    if texts and not any(SUITES.get(name).texts for name in chosen):
         return None
     stream = Stream(run.data, run.seed, cache_folder(), loaded.tokenizer)
     if known.is_file() and read_json(known).get("fingerprint") != stream.fingerprint():
@@ -200,23 +228,30 @@ def _stream(loaded: Loaded, chosen: Sequence[str]) -> Stream | None:
 
 def quick(model: LanguageModel, tokenizer: Tokenizer, run: Run) -> dict[str, float]:
     """Brief scores during training, on validation data: ``algorithmic/<task>``, ``bits_per_byte/<source>``."""
-    job = Job(model, tokenizer, run, run.eval)
     scores: dict[str, float] = {}
     with evaluating(model):
         for entry in map(SUITES.get, SUITES.names()):
             if entry.quick is not None and not entry.missing(run):
-                scores.update(entry.quick(job))
+                scores.update(entry.quick(Job(model, tokenizer, entry.narrowed(run, run.eval), run.eval)))
     return scores
 
 
 def tables(results: Iterable[dict[str, Any]]) -> list[Table]:
     """Results as ``evaluate`` returns them, as tables for the terminal."""
-    return [_message(r) if "message" in r else SUITES.get(r["suite"]).show(r) for r in results]
+    return [_message(r) if "message" in r else _table(r) for r in results]
+
+
+def _table(results: dict[str, Any]) -> Table:
+    entry, only = SUITES.get(results["suite"]), results["meta"]["tasks"]
+    shown = entry.show(results)
+    if only and entry.needs == "task":
+        shown.title = f"{shown.title or entry.name} (only {', '.join(only)})"
+    return shown
 
 
 def _message(results: dict[str, Any]) -> Table:
     shown = Table(title=results["suite"], show_header=False)
-    shown.add_row(results["message"])
+    shown.add_row(escape(results["message"]))
     return shown
 
 
@@ -265,6 +300,8 @@ def _asked(config: EvalConfig) -> dict[str, Any]:
         "decoding": config.model_dump(include={"temperature", "top_k", "top_p", "max_new_tokens"}),
         "text_tokens": config.text_tokens,
         "ticks": list(config.ticks),
+        "lengths": list(config.lengths),
+        "tasks": list(config.tasks),
         "grid_version": GRID_VERSION,
     }
 

@@ -60,7 +60,7 @@ def sized(name: str, size: str | None, vocab: int, **fields: Any) -> Spec:
 def match_params(start: Spec, target: int, vocab: int, fixed: tuple[str, ...] = ()) -> Match:
     """Turn the spec's knobs, bar ``fixed`` ones, until it has ``target`` parameters, changing as little as possible.
 
-    The finest knob is turned first (parameters grow with it, so bisection finds the nearest count). Only if that
+    The finest knob is turned first (parameters grow with it, so the nearest count can be found). Only if that
     leaves more than the tolerance are coarser knobs turned, the finest again at each of their values. Where the
     finest is fixed, the coarser ones take the value that comes nearest.
     """
@@ -74,14 +74,14 @@ def match_params(start: Spec, target: int, vocab: int, fixed: tuple[str, ...] = 
                 best = min([best, *_scan(start, knob, target, vocab)], key=lambda m: abs(m.residual))
         return best
     knobs = [name for name in knobs if name not in fixed]
-    best = min(best, _bisect(start, knobs[0], target, vocab), key=lambda m: abs(m.residual))
+    best = min(best, _nearest(start, knobs[0], target, vocab), key=lambda m: abs(m.residual))
     for knob in knobs[1:]:
         for value in _nearby(getattr(start, knob)):
             if abs(best.residual) <= TOLERANCE:
                 return best
             candidate = _with(start, {knob: value, knobs[0]: None})
             if candidate is not None:
-                best = min(best, _bisect(candidate, knobs[0], target, vocab), key=lambda m: abs(m.residual))
+                best = min(best, _nearest(candidate, knobs[0], target, vocab), key=lambda m: abs(m.residual))
     return best
 
 
@@ -105,13 +105,34 @@ def _residual(start: Spec, target: int, vocab: int) -> Match:
 
 def _scan(start: Spec, knob: str, target: int, vocab: int) -> list[Match]:
     """A match for every value of a knob, nearest to its own first, at which a model can be built."""
-    found = []
-    for value in _nearby(getattr(start, knob)):
-        candidate = _with(start, {knob: value})
-        if candidate is not None:
-            with contextlib.suppress(UserError):
-                found.append(_residual(candidate, target, vocab))
-    return found
+    tried = (_at(start, knob, value, target, vocab) for value in _nearby(getattr(start, knob)))
+    return [match for match in tried if match is not None]
+
+
+def _nearest(start: Spec, knob: str, target: int, vocab: int) -> Match:
+    """The value of a knob at which the count comes nearest to the target.
+
+    Parameters grow linearly with most knobs, so two builds tell where to look, and two more tell whether the target
+    lies between neighbours; bisection takes some thirty, which is seconds for deep models.
+    """
+    first, second = (_at(start, knob, value, target, vocab) for value in (1, 2))
+    if first is not None and first.params >= target:
+        return first
+    if first is not None and second is not None and first.params < second.params:
+        below = 1 + (target - first.params) // (second.params - first.params)
+        low, high = (_at(start, knob, value, target, vocab) for value in (below, below + 1))
+        if low is not None and high is not None and low.params <= target <= high.params:
+            return min(low, high, key=lambda m: abs(m.residual))
+    return _bisect(start, knob, target, vocab)
+
+
+def _at(start: Spec, knob: str, value: int, target: int, vocab: int) -> Match | None:
+    """The match at a value of a knob, or None where no model can be built."""
+    candidate = _with(start, {knob: value})
+    if candidate is not None:
+        with contextlib.suppress(UserError):  # the fields may be legal one by one, but not together
+            return _residual(candidate, target, vocab)
+    return None
 
 
 def _bisect(start: Spec, knob: str, target: int, vocab: int) -> Match:
@@ -119,12 +140,8 @@ def _bisect(start: Spec, knob: str, target: int, vocab: int) -> Match:
     best: Match | None = None
     while low <= high:
         middle = (low + high) // 2
-        candidate = _with(start, {knob: middle})
-        if candidate is None:
-            break
-        try:
-            found = _residual(candidate, target, vocab)
-        except UserError:  # the fields are legal one by one but no model can be built from them together
+        found = _at(start, knob, middle, target, vocab)
+        if found is None:
             break
         if best is None or abs(found.residual) < abs(best.residual):
             best = found

@@ -2,7 +2,8 @@
 
 ``met``: the whole interval is on the good side of the threshold; ``not met``: the whole interval is on the
 other; ``unclear``: it straddles; ``no claim``: fewer than three seeds, or the rung may not be judged; ``not
-measured``.
+measured``. Training time is best measured side by side, in rounds (report.timing): then three rounds will do, and
+it does not matter which runs have come to their end.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def criteria(
     ]
     foul = any(c.refusal and c.unit == "bits_per_byte" for c in primary)
     for entry in entries:
-        if entry["word"] != "not measured" and (
+        if entry["rounds"]:
+            if refused == "not matched" or entry["rounds"] < SEEDS:
+                entry["word"] = refused or "no claim"
+        elif entry["word"] != "not measured" and (
             refused or len(evidence.seeds) < SEEDS or (foul and entry is entries[3])
         ):
             entry["word"] = refused or "no claim"
@@ -47,7 +51,8 @@ def criteria(
 
 def _entry(name: str, threshold: float, unit: str) -> dict[str, Any]:
     unknown: dict[str, Any] = dict.fromkeys(("value", "low", "high"))
-    return {"name": name, "threshold": threshold, "unit": unit, **unknown, "word": "not measured", "note": ""}
+    entry = {"name": name, "threshold": threshold, "unit": unit, **unknown, "word": "not measured"}
+    return {**entry, "note": "", "rounds": 0}
 
 
 def _gain(comparison: Comparison | None) -> dict[str, Any]:
@@ -70,6 +75,13 @@ def _beyond(comparison: Comparison | None) -> dict[str, Any]:
 
 def _time(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
     entry = _entry("at most twice the training time", TIME, "ratio")
+    timing = evidence.timing
+    if timing and (logs := timing.log_ratios(rung, evidence.control)):
+        rounds = f"{len(logs)} interleaved round{'s' if len(logs) > 1 else ''}"
+        return _ratio(entry | {"rounds": len(logs), "note": f"{rounds} on {timing.device}"}, logs, alpha)
+    apart = "the runs were not timed side by side"
+    if timing and (errors := [timing.errors[name] for name in (rung, evidence.control) if name in timing.errors]):
+        apart += f" ({errors[0]})"
     ratios, devices = [], set()
     for seed in evidence.seeds:
         mine, theirs = evidence.runs[rung, seed], evidence.runs[evidence.control, seed]
@@ -79,7 +91,7 @@ def _time(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
             devices |= mine.devices | theirs.devices
     if len(devices) > 1:
         return entry | {"note": "trained on different devices: " + ", ".join(sorted(devices))}
-    return _ratio(entry, ratios, alpha)
+    return _ratio(entry | {"note": apart}, ratios, alpha)
 
 
 def _perplexity(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def _perplexity(evidence: Evidence, rung: str, alpha: float) -> dict[str, Any]:
 
 
 def _ratio(entry: dict[str, Any], logs: list[float], alpha: float) -> dict[str, Any]:
-    """A geometric mean over seeds with its t interval."""
+    """A geometric mean over seeds or rounds with its t interval."""
     if not logs:
         return entry
     d = stats.mean_difference(logs)

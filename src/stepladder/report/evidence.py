@@ -23,10 +23,13 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, read_lines
 from stepladder.core.redact import redact
 from stepladder.core.registry import did_you_mean
+from stepladder.report.timing import Timing
+from stepladder.report.timing import read as read_timing
 
 WORST_BITS_PER_BYTE = 8.0  # a uniform guess over the 256 bytes
 _FAILURES = {"diverged", "failed", "crashed"}
 _COUNTED = ("algorithmic", "likelihood")  # suites whose records are re-counted
+_DRAWN = ("depth", "self_test")  # suites that are read in their own way, or not shown
 _OVERLAPS = {"exact", "normalised", "canonical"}  # the ways in which an evaluation item can occur in training
 
 
@@ -70,7 +73,9 @@ class RunFiles:
     items: dict[Any, str] = field(default_factory=dict)  # cell or source -> digest of what was asked
     chance: dict[Cell, float] = field(default_factory=dict)
     curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # step, tokens, loss
+    head: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # step, tokens, gradient norm of its halting
     depth: list[dict[str, Any]] = field(default_factory=list)
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)  # what all other suites state, by name
     ticks: float | None = None  # mean executed per generated token, as recorded
     overlap: dict[str, int] = field(default_factory=dict)  # evaluation items found in training, by source
     files: dict[str, str] = field(default_factory=dict)  # relative path -> sha256
@@ -106,6 +111,7 @@ class Evidence:
     cells: list[Cell]
     sources: list[str]
     trained: dict[str, tuple[int, int]]  # sizes that a task was trained on, where the runs' configuration says so
+    timing: Timing | None = None  # training times side by side, if they were measured
 
     def of(self, rung: str) -> list[RunFiles]:
         """The runs of a rung, by seed."""
@@ -176,7 +182,8 @@ def gather(folder: str | Path) -> Evidence:
     cells = sorted({cell for run in complete for cell in run.correct}, key=lambda c: (c.task, c.regime, c.size))
     sources = sorted({source for run in complete for source in run.text})
     trained = _trained(folder / complete[0].folder / "config.json") if complete else {}
-    return Evidence(folder, ladder, control, rungs, seeds, runs, cells, sources, trained)
+    timing = read_timing(folder / "timing.json", rungs)
+    return Evidence(folder, ladder, control, rungs, seeds, runs, cells, sources, trained, timing)
 
 
 def _trained(config: Path) -> dict[str, tuple[int, int]]:
@@ -218,7 +225,9 @@ def _run(folder: Path, rung: str, seed: int, place: str, declared: str | None = 
         run.reason = "holds another run"
         return run
     if (here / "metrics.jsonl").is_file():
-        run.curve = _curve(read_lines(here / "metrics.jsonl"))
+        lines = read_lines(here / "metrics.jsonl")
+        run.curve = _curve((line, line.get("loss")) for line in lines)
+        run.head = _curve((line, line["grad_norms"].get("halting")) for line in lines if "grad_norms" in line)
     if not (here / "summary.json").is_file():
         run.status, run.reason = "unfinished", "was started but has not come to an end"
         return run
@@ -234,6 +243,7 @@ def _run(folder: Path, rung: str, seed: int, place: str, declared: str | None = 
             raise UserError(f"{here}: a record or result has no {error}; evaluate the run again") from None
         if (here / "results_depth.json").is_file():
             run.depth = list(read_json(here / "results_depth.json").get("cells", []))
+        run.suites = _others(here)
         if not run.meta and run.complete:
             run.status, run.reason = "not evaluated", "trained, but without results"
     if (here / "data.json").is_file():
@@ -243,7 +253,9 @@ def _run(folder: Path, rung: str, seed: int, place: str, declared: str | None = 
         }
     names = ["config.json", "summary.json", "metrics.jsonl", "provenance.json", "data.json"]
     names += [
-        f"{prefix}{suite}{end}" for suite in _COUNTED for prefix, end in (("results_", ".json"), ("records/", ".jsonl"))
+        f"{prefix}{suite}{end}"
+        for suite in (*_COUNTED, *run.suites)
+        for prefix, end in (("results_", ".json"), ("records/", ".jsonl"))
     ]
     for name in [*names, "results_depth.json"]:
         if (here / name).is_file():
@@ -251,13 +263,35 @@ def _run(folder: Path, rung: str, seed: int, place: str, declared: str | None = 
     return run
 
 
-def _curve(lines: list[dict[str, Any]]) -> np.ndarray:
+def _curve(values: Iterable[tuple[dict[str, Any], Any]]) -> np.ndarray:
+    """(step, tokens, value) of the metric lines that have a value."""
     rows = [
-        (line["step"], line.get("tokens", line["step"]), line["loss"])
-        for line in lines
-        if isinstance(line.get("loss"), int | float) and "step" in line
+        (line["step"], line.get("tokens", line["step"]), value)
+        for line, value in values
+        if isinstance(value, int | float) and "step" in line
     ]
     return np.array(rows, dtype=float).reshape(-1, 3)
+
+
+def _others(here: Path) -> dict[str, dict[str, Any]]:
+    """What the suites that are not compared state, where they have come to an end and have cells.
+
+    Their records must be as they were written, and all there; what they add up to, only the suite knows.
+    """
+    found = {}
+    for path in sorted(here.glob("results_*.json")):
+        suite = path.stem.removeprefix("results_")
+        stated = read_json(path) if suite not in (*_COUNTED, *_DRAWN) else {}
+        if not isinstance(stated, dict) or stated.get("status") != "complete" or not stated.get("cells"):
+            continue
+        records = here / "records" / f"{suite}.jsonl"
+        there = len(read_lines(records)) if records.is_file() else 0
+        if stated.get("records", there) != there:
+            raise UserError(
+                f"{path} is about {stated['records']} records but {records} has {there}; evaluate the run again"
+            )
+        found[suite] = redact(stated)
+    return found
 
 
 def _suite(here: Path, run: RunFiles, suite: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:

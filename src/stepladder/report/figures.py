@@ -209,6 +209,81 @@ def _heat(
         return _svg(figure, name, title)
 
 
+def head_gradients(evidence: Evidence, look: dict[str, Style], name: str) -> str:
+    """Gradient norm of the halting heads over training tokens, a thin line a seed and their median; 0 is shown as 0."""
+    drawn = [(rung, [run.head for run in evidence.of(rung) if len(run.head)]) for rung in evidence.rungs]
+    norms = np.concatenate([curve[:, 2] for _, curves in drawn for curve in curves])
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2 * _WIDTH, 2.8))
+        axes = figure.subplots()
+        if norms.any():  # logarithmic, but with a place for 0: below the smallest norm that was met
+            least = 10.0 ** np.floor(np.log10(norms[norms > 0].min()))
+            axes.set_yscale("symlog", linthresh=least, linscale=0.5)
+            axes.set_ylim(-0.15 * least, 2 * norms.max())
+        for rung, curves in ((rung, curves) for rung, curves in drawn if curves):
+            style = look[rung]
+            for curve in curves:
+                axes.plot(curve[:, 1], curve[:, 2], color=style.colour, linewidth=0.6, alpha=0.5)
+            shared = min(map(len, curves))
+            if len(curves) > 1 and shared > 1:
+                middle = np.median([curve[:shared, 2] for curve in curves], axis=0)
+                axes.plot(curves[0][:shared, 1], middle, color=style.colour, linestyle=style.line)
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("gradient norm")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value).replace(" ", "")))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        _grid(axes, "y")
+        return _svg(figure, name, "Gradient norm of the halting heads over training")
+
+
+def tick_bars(shares: dict[str, dict[int, float]], budget: int, style: Style, name: str, title: str) -> str:
+    """Share of answer tokens by executed ticks, 1 to ``budget``: full bars at training sizes, pale ones beyond."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.2))
+        axes = figure.subplots()
+        ticks = np.arange(1, budget + 1)
+        width = 0.8 / max(1, len(shares))
+        for number, regime in enumerate(sorted(shares)):  # iid, ood
+            heights = [shares[regime].get(int(tick), 0.0) for tick in ticks]
+            place = ticks - 0.4 + width * (number + 0.5)
+            axes.bar(
+                place, heights, width, color=style.colour, alpha=1.0 if regime == "iid" else 0.35, edgecolor=_PAPER
+            )
+        axes.set_ylim(0, 1.02)
+        axes.set_xlim(0.4, budget + 0.6)
+        axes.xaxis.set_major_locator(FixedLocator(_some(ticks.tolist(), 16)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.set_xlabel("executed ticks")
+        _grid(axes, "y")
+        return _svg(figure, name, title)
+
+
+def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name: str, title: str) -> str:
+    """Accuracy over mean ticks: one budget for all (line), and the learned, random and oracle exits (points)."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.2))
+        axes = figure.subplots()
+        axes.plot([*fixed], [*fixed.values()], color=_MUTED, marker=".")
+        for label, ticks, marker, face, edge, away, align in (
+            ("oracle", row["oracle_ticks"], "*", _MUTED, _MUTED, (0, 9), "center"),
+            ("random", row["mean_ticks"], style.marker, _PAPER, style.colour, (6, -9), "left"),
+            ("learned", row["mean_ticks"], style.marker, style.colour, style.colour, (-6, -9), "right"),
+        ):
+            axes.plot(ticks, row[label], marker=marker, markersize=7, color=face, markeredgecolor=edge)
+            axes.annotate(
+                label, (ticks, row[label]), xytext=away, textcoords="offset points", color=_MUTED,
+                va="center", ha=align,
+            )  # fmt: skip
+        axes.set_ylim(-0.05, 1.15)
+        axes.set_xlim(0.6, max(fixed) + 1.2)
+        axes.xaxis.set_major_locator(FixedLocator(_some([*fixed], 16)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.set_xlabel("mean executed ticks")
+        _grid(axes, "y")
+        return _svg(figure, name, title)
+
+
 def forest(verdict: dict[str, Any], metric: str, look: dict[str, Style], name: str) -> str:
     """The differences of all rungs on one primary measure: interval, zero, and the margin of equivalence."""
     rows = [(r, c) for r, about in verdict["rungs"].items() for c in about["primary"] if c["metric"] == metric]

@@ -11,9 +11,11 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from stepladder.core.files import write_atomic, write_json
-from stepladder.report import figures, tables, words
+from stepladder.report import figures, halting, tables, words
 from stepladder.report.evidence import Evidence, gather
 from stepladder.report.verdict import judge
+
+_COLUMNS = ("algorithmic", "likelihood")  # suites whose results the numbers of a run link to
 
 
 def write(ladder_dir: str | Path) -> Path:
@@ -47,7 +49,7 @@ def render(evidence: Evidence, verdict: dict[str, Any]) -> str:
         "level": words.level, "signed": words.signed, "number": words.number, "percent": words.percent,
         "quantity": words.quantity, "duration": words.duration, "residual": words.residual,
         "probability": words.probability, "criterion": tables.criterion_value,
-        "around": tables.criterion_interval,
+        "around": tables.criterion_interval, "gain": tables.gain, "entry": tables.suite_entry,
     }  # fmt: skip
     rungs = verdict["rungs"]
     compared = [about for about in rungs.values() if about["role"] != "control"]
@@ -68,6 +70,7 @@ def render(evidence: Evidence, verdict: dict[str, Any]) -> str:
         confidence=words.confidence(verdict["alpha"]),
         interval=words.interval,
         link=_link,
+        others=_others,
         folder=evidence.folder.name,
         declared=evidence.ladder["ladder"],
         **_drawings(evidence, verdict),
@@ -95,7 +98,22 @@ def _drawings(evidence: Evidence, verdict: dict[str, Any]) -> dict[str, Any]:
         )
     drawn = any(len(run.curve) > 1 for run in evidence.runs.values())
     learning = figures.learning_curves(evidence, look, "learning") if drawn else ""
-    return {"forests": forests, "panels": panels, "learning": learning}
+    return {"forests": forests, "panels": panels, "learning": learning, **_halting(evidence, verdict, look)}
+
+
+def _halting(evidence: Evidence, verdict: dict[str, Any], look: dict[str, figures.Style]) -> dict[str, Any]:
+    """The drawings of rungs that decide their ticks; empty without any."""
+    heads = figures.head_gradients(evidence, look, "heads") if verdict["halting"]["heads"] else ""
+    runs, panels = halting.choosers(evidence), []
+    for n, row in enumerate(verdict["halting"]["exits"]):
+        rung, task = row["rung"], row["task"]
+        mine, style, where = runs[rung], look[rung], f"{rung}, {task}"
+        shares, most = halting.histogram(mine, task), halting.budget(mine)
+        bars = figures.tick_bars(shares, most, style, f"ticks{n}", f"Executed ticks: {where}")
+        line = halting.fixed(mine, task)
+        curve = figures.exit_curve(row, line, style, f"exits{n}", f"Accuracy over executed ticks: {where}")
+        panels.append({"where": where, "bars": bars, "curve": curve})
+    return {"heads": heads, "exits": panels}
 
 
 def _open(verdict: dict[str, Any]) -> list[tuple[str, dict[str, Any], float | None]]:
@@ -139,3 +157,11 @@ def _link(run: dict[str, Any], name: str, text: str) -> str:
     if name not in run["files"] or text == words.UNKNOWN:
         return escape(text)
     return Markup('<a href="{}">{}</a>').format(quote(f"{run['folder']}/{name}"), text)
+
+
+def _others(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """(file, label) of a run's records and of what suites found that have no column."""
+    records = [("records/algorithmic.jsonl", "records"), ("records/likelihood.jsonl", "text records")]
+    stated = [name for name in run["files"] if name.startswith("results_")]
+    suites = [(name, name[len("results_") : -len(".json")]) for name in stated]
+    return [pair for pair in [*records, *suites] if pair[0] in run["files"] and pair[1] not in _COLUMNS]

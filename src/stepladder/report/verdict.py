@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from stepladder.core import stats
+from stepladder.report import halting, suites
 from stepladder.report.comparison import Comparison, compare, margins, measures
 from stepladder.report.criteria import criteria
 from stepladder.report.evidence import Evidence, RunFiles
@@ -77,6 +78,9 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         "rungs": rungs,
         "runs": [_run(evidence, run) for run in evidence.runs.values()],
         "perplexity": perplexity_comparable(evidence),
+        "timing": asdict(evidence.timing) if evidence.timing else None,
+        "halting": {"exits": halting.exits(evidence), "heads": halting.heads(evidence)},
+        "suites": suites.tables(evidence),
         "provenance": _provenance(evidence),
         "command": evidence.ladder.get("command"),
     }
@@ -102,6 +106,9 @@ def _about(evidence: Evidence, rung: str) -> dict[str, Any]:
         cost[name] = mean(name)
     ticks = [run.ticks for run in complete if run.ticks is not None]
     cost["ticks"] = float(np.mean(ticks)) if ticks else None
+    cost |= halting.executed(complete)
+    if evidence.timing and evidence.timing.seconds:
+        cost["tokens_per_s"] = evidence.timing.tokens_per_s(rung)
     residual = _residual(evidence, about, cost, rung)
     declared = residual is not None if about.get("matched") is None else bool(about["matched"])
     unmatched = evidence.ladder.get("match") == "none"  # asked for: nothing is held equal, costs are only marked

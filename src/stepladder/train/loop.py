@@ -120,14 +120,19 @@ class Progress:
         for name, value in taken.sums.items():
             self.window[name] = self.window.get(name, 0.0) + value
 
-    def close_window(self, lr: float, grad_norm: float) -> dict[str, Any]:
-        """The metric line for the steps since the last one. Losses are means over supervised tokens of updates."""
+    def close_window(self, lr: float, grad_norm: float, grad_norms: dict[str, float] | None = None) -> dict[str, Any]:
+        """The metric line for the steps since the last one. Losses are means over supervised tokens of updates.
+
+        Norms are the last step's, before clipping, None where they are not finite; ``grad_norms`` are those of parts,
+        and the line has none for a model without such parts.
+        """
         means = {name: value / self.window_supervised for name, value in self.window.items()}
         self.loss = means.pop("nll", None)
         line = {
             **{name: getattr(self, name) for name in ("step", "tokens", "supervised", "loss")},
             "lr": lr,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "grad_norm": _finite(grad_norm),
+            **({"grad_norms": {name: _finite(norm) for name, norm in grad_norms.items()}} if grad_norms else {}),
             "seconds": round(self.seconds, 3),
             "tokens_per_s": round(self.window_tokens / max(self.window_seconds, 1e-9), 1),
             "flops": self.flops,
@@ -184,7 +189,12 @@ def fit(
         for event in _events(taken, progress, usual, model, optimizer):
             log(event)
         if _due(progress.step, train.log_every) or budget.spent(progress):
-            log(progress.close_window(lr, taken.grad_norm))
+            log(progress.close_window(lr, taken.grad_norm, taken.grad_norms))
+
+
+def _finite(norm: float) -> float | None:
+    """The norm as JSON can say it."""
+    return norm if math.isfinite(norm) else None
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stepladder.data.stream import Batch
 from stepladder.models.base import IGNORE
+from stepladder.models.halting import Halting
 from stepladder.models.lm import LanguageModel
 from stepladder.models.noise import row_keys
 from stepladder.run import TrainConfig
@@ -22,6 +23,8 @@ from stepladder.train.loss import objective
 class Taken:
     """What a step did. Sums are over the step's ``supervised`` tokens; "nll" is the likelihood's.
 
+    grad_norm: of all gradients together, before clipping. grad_norms: of parts worth watching, likewise: "halting",
+    all parameters of halting policies, where a model has any; 0 if nothing reaches them.
     refused: why there was no update, or None. rows: rows of the batch whose loss is not finite. parameters: names of
     those whose gradient is not finite.
     """
@@ -29,6 +32,7 @@ class Taken:
     supervised: int
     sums: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
+    grad_norms: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
     rows: list[int] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
@@ -79,8 +83,11 @@ def gradient_step(
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    *numbers, whole, size = torch.stack([*sums.values(), total, norm]).tolist()  # the step's one synchronisation
-    taken = Taken(supervised, dict(zip(sums, numbers, strict=True)), size)
+    watched = {name: get_total_norm(grads).to(norm) for name, grads in _watched(model).items()}
+    measured = [*sums.values(), *watched.values(), total, norm]
+    *numbers, whole, size = torch.stack(measured).tolist()  # the step's one synchronisation
+    grad_norms = dict(zip(watched, numbers[len(sums) :], strict=True))
+    taken = Taken(supervised, dict(zip(sums, numbers[: len(sums)], strict=True)), size, grad_norms)
     refusal: dict[str, Any] = {}
     if not math.isfinite(whole):
         terms = ", ".join(name for name, value in taken.sums.items() if not math.isfinite(value))
@@ -100,3 +107,10 @@ def gradient_step(
         group["lr"] = lr
     optimizer.step()
     return taken
+
+
+def _watched(model: LanguageModel) -> dict[str, list[Tensor]]:
+    """The gradients that are reported on their own; none in the list where nothing reached the parameters."""
+    policies = (module for module in model.modules() if isinstance(module, Halting))
+    parameters = [p for policy in policies for p in policy.parameters()]
+    return {"halting": [p.grad for p in parameters if p.grad is not None]} if parameters else {}

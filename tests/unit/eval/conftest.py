@@ -26,7 +26,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
             "model": {"kind": model, **parts.pop("fields", {})},
             "data": {"sequence": 32, "sources": TASKS if sources is None else sources},
             "train": {"steps": 1, "eval_samples": 12},
-            "eval": {"samples": 20, **parts.pop("eval", {})},
+            "eval": {"samples": 20, "lengths": [256], **parts.pop("eval", {})},
             **parts,
         }
         tiny = {"width": 16, "depth": 1} | ({} if model == "identity" else {"heads": 2})

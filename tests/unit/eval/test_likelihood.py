@@ -1,12 +1,17 @@
 """Likelihood: totals against a plain computation, the limit on tokens, and windows that are not numbers."""
 
+import json
 import math
+import re
 
+import numpy as np
 import pytest
 
+from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import IGNORE
 from stepladder.eval.likelihood import brief, likelihood, summary, table
 from stepladder.eval.suite import Job
+from stepladder.run import cache_folder
 
 TEXT = "\f".join(f"Document {n} says: é{'ab' * (n % 7)}." for n in range(30))
 
@@ -72,3 +77,28 @@ def test_the_brief_form_looks_at_a_few_windows(loaded):
     scores = brief(Job(loaded.model, loaded.tokenizer, run, run.eval))
     assert list(scores) == ["bits_per_byte/words"]
     assert sum(seen) < 4 * 32
+
+
+def test_only_documents_held_out_of_training_are_scored(make, tmp_path):
+    lines = [json.dumps({"text": f"<{number}> " * (2 + number % 9)}) for number in range(200)]
+    (tmp_path / "numbered.jsonl").write_text("\n".join(lines))
+    loaded = make([{"kind": "text", "path": str(tmp_path / "numbered.jsonl")}])
+    scored = set()
+    loaded.model.register_forward_pre_hook(
+        lambda _, inputs: scored.update(
+            n for row in inputs[0] for n in documents(loaded.tokenizer.decode(row.tolist()))
+        )
+    )
+    likelihood(job(loaded))
+    stream = Stream(loaded.run.data, loaded.run.seed, cache_folder())
+    rows = stream.texts["numbered"].train.windows(32)
+    trained = {
+        n for row in stream.batch(0, np.arange(rows), rows).tokens for n in documents(stream.tokenizer.decode(row))
+    }
+    assert len(scored) > 5
+    assert scored.isdisjoint(trained)
+    assert scored | trained == {str(number) for number in range(200)}
+
+
+def documents(text):
+    return re.findall(r"<(\d+)>", text)

@@ -72,12 +72,57 @@ def test_names_may_repeat_and_have_hyphens(make):
 def test_all_runs_every_suite_and_says_where_there_is_nothing(make):
     loaded = make()
     results = evaluate(loaded, ["all"], quiet=True)
-    assert [r["suite"] for r in results] == SUITES.names() == ["algorithmic", "depth", "likelihood", "self_test"]
-    empty = results[2]
+    assert [r["suite"] for r in results] == SUITES.names()
+    assert {"algorithmic", "depth", "likelihood", "longctx", "self_test"} <= set(SUITES.names())
+    empty = next(r for r in results if r["suite"] == "likelihood")
     assert empty["message"] == "nothing to evaluate: no text source"
     assert (empty["status"], empty["records"]) == ("complete", 0)
     assert read_lines(home(loaded) / "records" / "likelihood.jsonl") == []
-    assert len(tables(results)) == 4
+    assert len(tables(results)) == len(SUITES.names())
+
+
+def test_tasks_restrict_the_suites_of_tasks_and_nothing_else(make, tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n\n" * 30)
+    text = {"kind": "text", "path": str(tmp_path / "a.txt"), "valid": str(tmp_path / "a.txt")}
+    parity = {"kind": "task", "task": {"kind": "parity", "train": [4, 16], "iid": [8], "ood": []}}
+    sources = [*make().run.data.model_dump(mode="json")["sources"], parity, text]
+    loaded = make(sources, eval={"samples": 4})
+    names = ["algorithmic", "depth", "likelihood", "self_test"]
+    full = evaluate(loaded, names, quiet=True)
+    config = loaded.run.eval.model_copy(update={"tasks": ("parity",)})
+    some = evaluate(loaded, names, None, config, quiet=True)
+    for results, whole in zip(some[:2], full[:2], strict=True):
+        kept = [cell for cell in whole["cells"] if cell["task"] in ("parity", "parity#2")]
+        assert results["cells"] == kept != whole["cells"]
+        assert len(kept) == 4 * len({cell.get("ticks") for cell in kept if results["suite"] == "depth"} or {1})
+        assert results["meta"]["tasks"] == ["parity"]
+        assert results["meta"]["items_digest"] != whole["meta"]["items_digest"]
+    assert some[2]["likelihood"] == full[2]["likelihood"]
+    assert len(some[3]["checks"]) == len(full[3]["checks"])
+    titles = [shown.title for shown in tables(some)]
+    assert [title.endswith("(only parity)") for title in titles] == [True, True, False, False]
+    restricted_run = loaded.run.model_copy(update={"eval": config})
+    assert list(quick(loaded.model, loaded.tokenizer, restricted_run)) == [
+        "algorithmic/parity",
+        "algorithmic/parity#2",
+        "bits_per_byte/a",
+    ]
+
+
+def test_a_task_that_the_run_does_not_have_is_refused_before_anything_runs(make):
+    loaded = make(eval={"samples": 4})
+    (before,) = evaluate(loaded, ["algorithmic"], quiet=True)
+    for wrong, sentence in (
+        ("pairity", "'pairity' is no task of this run — did you mean 'parity'?; it has parity, addition"),
+        ("copy", "'copy' is no task of this run; it has parity, addition"),
+    ):
+        config = loaded.run.eval.model_copy(update={"tasks": ("parity", wrong)})
+        with pytest.raises(UserError) as caught:
+            evaluate(loaded, ["algorithmic"], None, config, quiet=True)
+        assert str(caught.value) == f"eval.tasks: {sentence}"
+        with pytest.raises(UserError, match="no task of this run"):
+            check(loaded.run.model_copy(update={"eval": config}))
+    assert read_json(home(loaded) / "results_algorithmic.json") == json.loads(json.dumps(before))
 
 
 def test_every_suite_has_a_first_line_for_the_list():
@@ -180,8 +225,14 @@ def test_done_means_results_of_this_checkpoint_and_config(make):
     assert not done(folder, loaded.run)
     evaluate(loaded, loaded.run.eval.suites, quiet=True)
     assert done(folder, loaded.run)
-    for change in ({"samples": 21}, {"seed": 3}, {"temperature": 0.5}, {"suites": ("self_test",)}):
+    changes = ({"samples": 21}, {"seed": 3}, {"temperature": 0.5}, {"suites": ("self_test",)}, {"tasks": ("parity",)})
+    for change in (*changes, {"lengths": (512,)}):
         assert not done(folder, loaded.run.model_copy(update={"eval": loaded.run.eval.model_copy(update=change)}))
     assert not done(folder, loaded.run.model_copy(update={"seed": 9}))
+    restricted_config = loaded.run.eval.model_copy(update={"tasks": ("parity",)})
+    evaluate(loaded, ["algorithmic"], None, restricted_config, quiet=True)
+    assert not done(folder, loaded.run), "some tasks are not all of them"
+    evaluate(loaded, ["algorithmic"], quiet=True)
+    assert done(folder, loaded.run)
     (folder / "records/algorithmic.jsonl").write_text("")
     assert not done(folder, loaded.run)

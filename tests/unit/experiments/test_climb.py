@@ -13,6 +13,7 @@ import torch
 
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
+from stepladder.eval.suite import SUITES
 from stepladder.experiments import climb as climbing
 from stepladder.experiments.ladder import expand, read
 from stepladder.report.evidence import gather
@@ -132,7 +133,7 @@ def test_a_child_killed_by_a_signal_of_ours_is_no_crash(go):
         (["self_test"], {"self_test": "passed"}, True),
         (["self-test"], {"self_test": "interrupted"}, False),
         (["all"], {"algorithmic": "complete"}, False),
-        (["all"], dict.fromkeys(("algorithmic", "likelihood", "depth", "self_test"), "complete"), True),
+        (["all"], dict.fromkeys(SUITES.names(), "complete"), True),
     ],
 )
 def test_finished_means_evaluated_to_the_end_on_every_suite(tmp_path, suites, results, expected):

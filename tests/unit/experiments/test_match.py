@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from stepladder.experiments.match import cost, count, match_params
-from stepladder.models.zoo import spec
+from stepladder.core.config import Field
+from stepladder.core.errors import UserError
+from stepladder.experiments import match
+from stepladder.experiments.match import cost, count, match_params, sized
+from stepladder.models.mixers.attention import Attention
+from stepladder.models.mixers.cross import Cross
+from stepladder.models.zoo import ARCHITECTURES, spec
 
 VOCAB = 259
+NAMED = {"50M": 50e6, "125M": 125e6, "300M": 300e6, "350M": 350e6, "760M": 760e6, "1B": 1e9, "1B-16k": 1e9}
+
+
+def on_meta(of, vocab):
+    with torch.device("meta"):
+        return of.build(vocab)
 
 
 def test_count_is_that_of_the_allocated_model():
@@ -68,3 +79,59 @@ def test_a_spec_without_knobs_is_reported_not_changed():
     found = match_params(fixed, 10**6, VOCAB)
     assert found.spec is fixed
     assert found.residual < -0.5
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES.names() if ARCHITECTURES.get(name).sizes])
+def test_every_named_size_has_the_parameters_of_its_name(name):
+    """Counted on the model itself, each parameter once; a size without a number in its name just builds."""
+    sizes = ARCHITECTURES.get(name).sizes
+    assert set(sizes) <= set(NAMED) | {"nano"}
+    for size in sizes:
+        for vocab in (259, 32768):
+            model = on_meta(sized(name, size, vocab), vocab)
+            params = sum(parameter.numel() for parameter in set(model.parameters()))
+            wanted = NAMED.get(size, params)
+            assert abs(params - wanted) <= 0.05 * wanted, f"{name} at {size}, vocabulary {vocab}: {params:,}"
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES.names() if ARCHITECTURES.get(name).sizes])
+def test_the_size_for_16k_tokens_shares_keys_and_values_among_heads(name):
+    chosen = sized(name, "1B-16k", VOCAB)
+    parts = list(on_meta(chosen, VOCAB).modules())
+    attention = [part for part in parts if isinstance(part, Attention)]
+    assert bool(attention) == ("kv_heads" in type(chosen).model_fields)
+    assert all(part.heads == 4 * part.kv_heads for part in attention)
+    for cross in (part for part in parts if isinstance(part, Cross)):
+        assert 4 * cross.pair.weight.shape[0] == 2 * cross.query.weight.shape[0]
+    if attention:
+        assert getattr(chosen, "max_positions", 0) >= 16384
+
+
+def test_a_size_that_cannot_be_met_is_refused():
+    with pytest.raises(
+        UserError, match=r"transformer at 50M with a vocabulary of 100000 has [\d,]+ parameters at best"
+    ):
+        sized("transformer", "50M", 100_000, width=2048, heads=1024)
+
+
+@pytest.mark.parametrize("name", ["transformer", "act", "ssm_mem"])
+@pytest.mark.parametrize("target", [1, 60_000, 123_456, 10**6, 10**7 + 1])
+def test_few_builds_find_what_bisection_finds(name, target, monkeypatch):
+    start = spec(name, "tiny")
+    slow = match._bisect(start, "hidden", target, VOCAB)
+    builds = []
+    monkeypatch.setattr(match, "count", lambda *of: builds.append(of) or count(*of))
+    assert match._nearest(start, "hidden", target, VOCAB) == slow
+    assert len(builds) <= 4
+
+
+def test_a_knob_in_which_parameters_are_not_linear_is_bisected():
+    class Wide(ARCHITECTURES.get("identity")):
+        knobs = ("width",)
+        width: int = Field(8, ge=1, description="model width")
+
+    start = Wide(depth=1)
+    found = match._nearest(start, "width", 200_000, VOCAB)
+    beside = [count(start.model_copy(update={"width": found.spec.width + step}), VOCAB) for step in (-1, 1)]
+    assert found.params == count(found.spec, VOCAB)
+    assert abs(found.params - 200_000) <= min(abs(params - 200_000) for params in beside)

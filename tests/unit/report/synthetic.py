@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stepladder.core.files import append_lines, write_json
+from stepladder.core.files import append_lines, read_lines, write_json
 from stepladder.core.keys import key
 
 GRID = {"parity": ((4, 8), (16, 32)), "addition": ((2, 3), (5, 8))}  # task: (training sizes, sizes beyond)
@@ -188,3 +188,70 @@ def depth(here: Path, shift: float = 0.0) -> None:
         for ticks in (1, 2, 4, 8, 16)
     ]
     write_json(here / "results_depth.json", {"suite": "depth", "status": "complete", "meta": {}, "cells": cells})
+
+
+def suite(here: Path, name: str, cells: list[dict], records: int = 3, **body) -> None:
+    """The results of any other suite, with records that only count."""
+    path = here / "records" / f"{name}.jsonl"
+    path.unlink(missing_ok=True)
+    append_lines(path, [{"index": i} for i in range(records)])
+    head = {"suite": name, "status": "complete", "meta": {"items_digest": "d2"}, "records": records}
+    write_json(here / f"results_{name}.json", {**head, "cells": cells, **body})
+
+
+def halting(here: Path, shift: float = 0.0, budget: int = 4, gain: float = 0.1, chooses: bool = True) -> None:
+    """Exits of one run on parity: half of the tokens stop at tick 1 at training sizes, none beyond."""
+    cells, bars, fixed = [], [], []
+    for size, regime in ((4, "iid"), (16, "ood")):
+        shares = {1: 0.5, 2: 0.3, budget: 0.2} if regime == "iid" else {2: 0.25, budget: 0.75}
+        mean = sum(ticks * share for ticks, share in shares.items())
+        at = {"accuracy": 0.8 + shift, "mean_ticks": mean}
+        exits = {
+            "learned": 0.8 + shift, "random": 0.8 + shift - gain, "fixed": 0.75, "oracle": 0.95, "oracle_ticks": 1.5,
+            "gain": gain, "gain_stderr": 0.02, "over_fixed": 0.05 + shift, "over_fixed_stderr": 0.03,
+        }  # fmt: skip
+        exits = exits if chooses else dict.fromkeys(exits)
+        about = {"task": "parity", "size": size}
+        cells.append({**about, "regime": regime, "n": 100, "tokens": 200, "exact": 0.7, **at, **exits})
+        bars += [{**about, "ticks": ticks, "tokens": round(200 * share)} for ticks, share in shares.items()]
+        fixed += [{**about, "regime": regime, "ticks": t, "accuracy": t / budget} for t in range(1, budget + 1)]
+    calibration = [
+        {"task": "parity", "regime": r, "tokens": 200, "error": e, "overconfidence": e}
+        for r, e in (("iid", 0.03), ("ood", 0.2))
+    ]
+    executed = {
+        "budget": budget if chooses else None, "ticks": 2.5, "batch_ticks": 4.0, "batch_rows": 128, "context": 64,
+        "flops_declared": 2e5, "flops": 1.6e5, "flops_batch": 1.9e5,
+    }  # fmt: skip
+    informative = [{"task": "parity", "ticks_and_size": 0.4}]
+    body = {"histogram": bars, "fixed": fixed, "calibration": calibration, "informative": informative}
+    suite(here, "halting", cells, executed=executed, chooses=chooses, **body)
+
+
+def heads(here: Path, norms) -> None:
+    """Metric lines again, with gradient norms of a halting head."""
+    path = here / "metrics.jsonl"
+    lines = read_lines(path)
+    path.unlink()
+    append_lines(path, [{**line, "grad_norms": {"halting": norm}} for line, norm in zip(lines, norms, strict=True)])
+
+
+def needles(here: Path, shift: float = 0.0) -> None:
+    """A suite that goes by a field of its cells, and has a cell beyond the model."""
+    lengths = (64, 256, 1024)
+    cells = [
+        {"kind": kind, "length": length, "depth": depth, "accuracy": 0.9 - length / 2000 + shift, "status": "complete"}
+        for kind in ("one", "two")
+        for length in lengths
+        for depth in (0.25, 0.75)
+    ]
+    cells += [{"kind": "one", "length": 4096, "depth": 0.25, "accuracy": None, "status": "beyond the model"}]
+    cells[-2] |= {"accuracy": None, "status": "beyond the model"}
+    suite(here, "longctx", cells, by="length")
+
+
+def timing(folder: Path, seconds: dict[str, list[float]], **fields) -> None:
+    """Times side by side."""
+    rounds = len(next(iter(seconds.values())))
+    about = {"device": "H100", "rounds": rounds, "steps": 8, "tokens": 2048, "errors": {}}
+    write_json(folder / "timing.json", {**about, "seconds": seconds, **fields})

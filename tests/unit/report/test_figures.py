@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stepladder.report import figures
+from stepladder.report import figures, halting
 from stepladder.report.evidence import gather
 from stepladder.report.verdict import judge
 
@@ -21,18 +21,24 @@ def evidence(synthetic, tmp_path_factory):
     folder = synthetic.ladder(tmp_path_factory.mktemp("figures") / "f", rungs, seeds=(0, 1), items=15, curve=12)
     for seed in (0, 1):
         synthetic.depth(folder / f"plain-s{seed}", shift=0.1 * seed)
+        synthetic.halting(folder / f"plain-s{seed}")
+        synthetic.heads(folder / f"plain-s{seed}", [0.0, *(10.0**-k for k in range(11))])
     return gather(folder)
 
 
 def draw(evidence):
     look = figures.styles(evidence.rungs)
-    verdict = judge(evidence)
+    verdict, runs = judge(evidence), halting.choosers(evidence)["plain"]
+    (row,) = verdict["halting"]["exits"]
     return {
         "learning": figures.learning_curves(evidence, look, "learning"),
         "size": figures.accuracy_by_size(evidence, "parity", look, "size"),
         "heat": figures.heat_map(evidence, "parity", "heat"),
         "forest": figures.forest(verdict, "accuracy_ood", look, "forest"),
         "depth": figures.depth_map(evidence.of("plain"), "parity", "depth"),
+        "heads": figures.head_gradients(evidence, look, "heads"),
+        "ticks": figures.tick_bars(halting.histogram(runs, "parity"), 4, look["plain"], "ticks", "Executed ticks"),
+        "exits": figures.exit_curve(row, halting.fixed(runs, "parity"), look["plain"], "exits", "Exits"),
     }
 
 
@@ -86,6 +92,11 @@ def test_depth_is_the_mean_over_seeds(drawings):
     texts = [e.text for e in ElementTree.fromstring(drawings["depth"]).iter() if e.tag.endswith("text")]
     assert "80" in texts  # size 4, one tick: 0.5 + 0.25, with shifts of 0 and 0.1
     assert {"size 4", "size 32", "16"} <= set(texts)
+
+
+def test_a_gradient_of_zero_has_a_place_on_the_logarithmic_axis(drawings):
+    texts = [e.text for e in ElementTree.fromstring(drawings["heads"]).iter() if e.tag.endswith("text")]
+    assert {"0", "1", "1e−10"} <= set(texts)
 
 
 def test_a_failed_rung_does_not_flatten_a_forest():

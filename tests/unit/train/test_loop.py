@@ -81,6 +81,8 @@ def test_metric_lines_hold_token_weighted_means_of_updates_since_the_last_line()
     progress.count(Taken(0, refused="no supervised token in the batch"), 10, 2.0, 1.0)
     empty = progress.close_window(lr=0.5, grad_norm=math.nan)
     assert (empty["loss"], empty["losses"], empty["grad_norm"], empty["tokens_per_s"]) == (None, {}, None, 10.0)
+    watched = progress.close_window(lr=0.5, grad_norm=1.0, grad_norms={"halting": 0.5, "odd": math.inf})
+    assert watched["grad_norms"] == {"halting": 0.5, "odd": None}
 
 
 def test_the_running_mean_forgets_and_spikes_are_judged_once_it_has_settled():

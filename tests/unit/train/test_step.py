@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from stepladder.core.files import read_lines
 from stepladder.data.stream import Stream
 from stepladder.models.base import IGNORE
+from stepladder.models.halting import ACT
 from stepladder.models.noise import row_keys
 from stepladder.train.optim import adamw
-from stepladder.train.session import build
+from stepladder.train.session import build, train
 from stepladder.train.step import gradient_step
 
 
@@ -88,3 +90,67 @@ def test_a_named_loss_that_is_not_finite_is_named(setting, monkeypatch):
     assert taken.refused == "the loss is inf in ponder"
     assert taken.rows == []
     assert not optimizer.state
+
+
+def stepped(run, tmp_path, change=lambda model: None):
+    """(model, what one step did): the rate is 0, so the weights stay."""
+    stream = Stream(run.data, run.seed, tmp_path)
+    model = build(run, stream.tokenizer.vocab)
+    change(model)
+    return model, gradient_step(
+        model, adamw(model, run.train), stream.batch(0, np.arange(4), 4), run.train, lr=0.0, noise=9
+    )
+
+
+def test_the_halting_heads_norm_is_that_of_its_own_gradient_before_clipping(tiny, tmp_path):
+    run = tiny(kind="act", clip=1e-4)
+    model, taken = stepped(run, tmp_path)
+    policy = model.core.halting
+    shrunk = float(torch.cat([p.grad.flatten() for p in policy.parameters()]).norm())
+    assert taken.grad_norms == {"halting": pytest.approx(shrunk * taken.grad_norm / 1e-4, rel=1e-3)}
+    assert 0 < taken.grad_norms["halting"] < taken.grad_norm
+
+
+def test_models_without_a_policy_to_train_report_nothing(tiny, tmp_path):
+    for kind in ("transformer", "latent"):  # a fixed number of ticks has no parameters
+        assert stepped(tiny(kind=kind), tmp_path)[1].grad_norms == {}
+
+
+def test_S7_a_detached_halting_head_shows_as_a_gradient_of_zero(tiny, tmp_path):
+    """The ancestor's fault: the ponder term was a float, and what the head said weighed no output."""
+
+    class Detached(ACT):
+        def decide(self, new_BND, old_BND, before):
+            offer, stop = super().decide(new_BND, old_BND, before)
+            return offer.detach(), stop
+
+    def detach(model):
+        model.core.halting.__class__ = Detached
+
+    run = tiny(kind="act")
+    alive, dead = stepped(run, tmp_path)[1], stepped(run, tmp_path, detach)[1]
+    assert alive.grad_norms["halting"] > 0
+    assert dead.grad_norms == {"halting": 0.0}
+    assert dead.grad_norm > 0  # all the rest learns, and no loss curve tells
+
+
+def test_watching_costs_no_further_synchronisation(tiny, tmp_path, monkeypatch):
+    seen = {}
+    real = torch.Tensor.tolist
+    for kind in ("latent", "act"):
+        calls = []
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda self, calls=calls: calls.append(1) or real(self))
+        stepped(tiny(kind=kind), tmp_path)
+        seen[kind] = len(calls)
+    assert seen["act"] == seen["latent"]
+
+
+def test_metric_lines_have_the_norm_where_there_is_a_head(tiny, tmp_path):
+    for kind in ("act", "transformer"):
+        lines = read_lines(train(tiny(kind, kind), tmp_path, quiet=True) / "metrics.jsonl")
+        found = [line.get("grad_norms") for line in lines if "loss" in line]
+        assert len(found) == 3
+        if kind == "act":
+            assert all(0 < norms["halting"] < 10 for norms in found)
+        else:
+            assert found == [None] * 3

@@ -1,0 +1,185 @@
+"""Measured memory is that of real calls: bytes saved and peaks on fake tensors against those of real ones."""
+
+import resource
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
+
+from stepladder.core.errors import UserError
+from stepladder.data.stream import Batch
+from stepladder.experiments.match import cost, sized
+from stepladder.experiments.memory import Live, decoding, training
+from stepladder.models.base import Part
+from stepladder.models.lm import LanguageModel
+from stepladder.models.zoo import ARCHITECTURES, Spec, spec
+from stepladder.run import TrainConfig
+from stepladder.train.loss import objective
+from stepladder.train.optim import adamw
+from stepladder.train.step import gradient_step
+
+NAMES = ARCHITECTURES.names()
+VOCAB, ROWS, LENGTH = 259, 2, 64
+FACTOR = 1.05
+"""How far the measured peak may be from what torch's profiler sees allocated, kernels' own buffers included."""
+
+
+def train(**fields):
+    return TrainConfig(steps=1, **fields)
+
+
+def zeros():
+    return np.zeros((ROWS, LENGTH), np.int64)
+
+
+def update(model, optimizer, config):
+    gradient_step(model, optimizer, Batch(zeros(), zeros(), zeros(), zeros()[:, 0]), config, lr=1e-3, noise=0)
+
+
+def allocated(call):
+    """Peak of the bytes that torch allocates during a call, as its profiler sees them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(sizes).max())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_bytes_are_those_that_a_real_forward_keeps_for_its_backward(name, precision):
+    model = spec(name, "tiny").build(VOCAB)
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if all(storage.data_ptr() != p.untyped_storage().data_ptr() for p in model.parameters()):
+            kept[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    tokens, targets, documents = (torch.from_numpy(zeros()) for _ in range(3))
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        output = model(tokens, targets=targets, documents=documents)
+        loss, _ = objective(output, targets, {})
+    alive = sum(size for storage, size in kept.items() if not storage.expired())
+    assert loss.requires_grad  # the graph is there, and with it what it keeps; so is the output, as in training
+    assert output.state is not None
+    assert alive == training(spec(name, "tiny"), VOCAB, ROWS, LENGTH, train(precision=precision)).saved
+
+
+@pytest.mark.parametrize("fields", [{}, {"recompute": True, "micro": 1, "precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_peak_of_a_fake_update_is_that_of_a_real_one(name, fields):
+    config = train(**fields)
+    with Live() as live:
+        model = spec(name, "tiny").build(VOCAB)
+        optimizer = adamw(model, config)
+        update(model, optimizer, config)
+        optimizer.zero_grad()
+        live.peak = live.now
+        update(model, optimizer, config)
+    assert training(spec(name, "tiny"), VOCAB, ROWS, LENGTH, config).peak == live.peak
+
+
+@pytest.mark.parametrize("name", ["act", "ssm_mem", "transformer"])
+def test_the_profiler_sees_the_same_peak_of_an_update(name):
+    model = spec(name, "tiny").build(VOCAB)
+    optimizer = adamw(model, train())
+    update(model, optimizer, train())
+    optimizer.zero_grad()
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    peak = 3 * weights + allocated(lambda: update(model, optimizer, train()))  # weights and moments are there before
+    measured = training(spec(name, "tiny"), VOCAB, ROWS, LENGTH, train()).peak
+    assert peak / FACTOR < measured < peak * FACTOR
+    assert measured > 1.5 * 4 * weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_carries_the_state_that_the_architecture_declares(name):
+    declared = ROWS * cost(spec(name, "tiny"), VOCAB, LENGTH).state_bytes
+    measured = decoding(spec(name, "tiny"), VOCAB, ROWS, LENGTH)
+    assert measured.state == pytest.approx(declared, rel=0.02)
+    assert measured.peak > measured.state + 4 * cost(spec(name, "tiny"), VOCAB, LENGTH).params
+
+
+@pytest.mark.parametrize("name", ["act", "ssm_mem", "transformer"])
+def test_the_profiler_sees_the_same_peak_of_decoding(name):
+    model = spec(name, "tiny").build(VOCAB).eval()
+    tokens = torch.from_numpy(zeros())
+
+    def decode():
+        with torch.no_grad():
+            state = model.init_state(ROWS, LENGTH)
+            state = model(tokens[:, :-1], state, logits_at="last").state
+            model(tokens[:, -1:], state, logits_at="last")
+
+    peak = 4 * sum(p.numel() for p in model.parameters()) + allocated(decode)
+    assert peak / FACTOR < decoding(spec(name, "tiny"), VOCAB, ROWS, LENGTH).peak < peak * FACTOR
+
+
+def test_twice_the_rows_save_twice_as_much():
+    saved = [training(spec("act", "tiny"), VOCAB, rows, LENGTH, train()).saved for rows in (4, 8)]
+    assert saved[1] == pytest.approx(2 * saved[0], rel=0.01)
+
+
+def test_ticks_are_those_asked_for():
+    ticks = [training(spec("shared_loop", "tiny"), VOCAB, 1, LENGTH, train(), ticks).saved for ticks in (3, 6)]
+    assert ticks[0] == training(spec("shared_loop", "tiny"), VOCAB, 1, LENGTH, train()).saved
+    assert ticks[1] > 1.5 * ticks[0]
+    states = [decoding(spec("shared_loop", "tiny"), VOCAB, 1, LENGTH, ticks).state for ticks in (3, 6)]
+    assert states[1] == pytest.approx(2 * states[0], rel=0.01)
+    with pytest.raises(UserError, match="no loop"):
+        training(spec("transformer", "tiny"), VOCAB, 1, LENGTH, train(), 2)
+
+
+def test_the_largest_size_is_measured_without_allocating_it():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    generator = torch.get_rng_state()
+    large = sized("transformer", "1B-16k", 32768)
+    assert training(large, 32768, 8, 16384, train(precision="bf16")).peak > 2**37
+    assert decoding(large, 32768, 8, 16384).state == pytest.approx(8 * 16384 * 2 * 512 * 18 * 4, rel=0.01)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_context_beyond_the_learned_positions_is_refused():
+    short = spec("nano_absolute", "tiny", max_positions=32)
+    assert training(short, VOCAB, 1, 32, train()).peak
+    for measure in (lambda: training(short, VOCAB, 1, 33, train()), lambda: decoding(short, VOCAB, 1, 33)):
+        with pytest.raises(UserError, match="context of 33 does not fit the 32 learned positions"):
+            measure()
+
+
+def test_shapes_that_depend_on_numbers_are_refused_in_a_sentence():
+    class Picky(Part):
+        def forward(self, x_BTD, state, ctx):
+            return x_BTD.index_put((ctx.positions_BT > 3,), x_BTD[x_BTD.sum(-1) > 0].mean()), state
+
+    class Odd(Spec):
+        def build(self, vocab):
+            return LanguageModel(vocab, 8, Picky())
+
+    with pytest.raises(UserError, match="its shapes depend on numbers"):
+        training(Odd(), VOCAB, 1, 8, train())
+
+
+def test_bytes_live_as_long_as_the_last_view_of_their_storage():
+    with Live() as live:
+        whole = torch.empty(1000, dtype=torch.float32)
+        half = whole[::2]
+        more = torch.empty(10, dtype=torch.int64)
+        assert live.now == live.peak == 4080
+        del whole
+        assert live.now == 4080
+        del half, more
+        other = torch.empty(5, dtype=torch.uint8)
+        assert (live.now, live.peak) == (5, 4080)
+        live.keep(other)
+        live.keep(other[1:])
+        live.keep(torch.empty(3, dtype=torch.uint8))
+        assert (live.now, live.saved) == (5, 8)
