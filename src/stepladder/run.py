@@ -45,6 +45,11 @@ class TrainConfig(Config):
     clip: float = Field(1.0, gt=0, description="bound on the global gradient norm")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; masters stay fp32")
     compile: bool = Field(False, description="torch.compile the model")
+    horizon: int | None = Field(
+        None,
+        ge=1,
+        description="tokens after which gradients are cut (truncated BPTT); the state goes on; default: none",
+    )
     recompute: bool = Field(False, description="activation checkpointing: recompute blocks in the backward pass")
     losses: dict[str, float] = Field({}, description="weights of a model's named losses; unnamed ones weigh 1")
     log_every: int = Field(10, ge=1, description="steps between metric lines")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stepladder.data.stream import Batch
-from stepladder.models.base import IGNORE
+from stepladder.models.base import IGNORE, detach_state
 from stepladder.models.halting import Halting
 from stepladder.models.lm import LanguageModel
 from stepladder.models.noise import row_keys
@@ -58,6 +58,8 @@ def gradient_step(
     The tokens are counted before the first backward pass, so micro-batches weigh by what they hold. Nothing at all is
     updated if the batch has no supervised token, if the loss or the gradient is not finite, or if the likelihood
     exceeds ``limit`` nats a token. ``noise`` is the integer key of the model's stochastic parts at this step.
+    With ``train.horizon`` H, rows are walked H tokens at a time: the state goes on and the graph ends (truncated
+    backpropagation through time), so the loss is that of whole rows and a token's gradient reaches back < H tokens.
     """
     supervised = int((batch.targets != IGNORE).sum())
     if not supervised:
@@ -72,14 +74,29 @@ def gradient_step(
 
     optimizer.zero_grad(set_to_none=True)
     total, sums, nll_by_row = torch.zeros((), device=device), dict[str, Tensor](), []
-    for tokens_BT, targets_BT, documents_BT, keys_B in pieces:
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            output = model(tokens_BT, targets=targets_BT, documents=documents_BT, key=keys_B, recompute=train.recompute)
-            loss, parts = objective(output, targets_BT, train.losses)
-        (loss / supervised).backward()
-        total = total + loss.detach()
-        sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
-        nll_by_row.append(output.nll_BT.detach().sum(1))
+    for *whole_rows, keys_B in pieces:
+        state, nll_B = None, torch.zeros(len(keys_B), device=device)
+        horizon = train.horizon or whole_rows[0].shape[1]
+        for tokens_BT, targets_BT, documents_BT in zip(
+            *(each.split(horizon, dim=1) for each in whole_rows), strict=True
+        ):
+            with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                output = model(
+                    tokens_BT,
+                    state,
+                    targets=targets_BT,
+                    documents=documents_BT,
+                    key=keys_B if state is None else None,
+                    recompute=train.recompute,
+                )
+                loss, parts = objective(output, targets_BT, train.losses)
+            if loss.requires_grad:
+                (loss / supervised).backward()
+            state = detach_state(output.state)
+            total = total + loss.detach()
+            sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
+            nll_B = nll_B + output.nll_BT.detach().sum(1)
+        nll_by_row.append(nll_B)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -11,7 +11,7 @@ import torch
 
 from stepladder.core.files import read_lines
 from stepladder.data.stream import Stream
-from stepladder.models.base import IGNORE
+from stepladder.models.base import IGNORE, detach_state
 from stepladder.models.halting import ACT
 from stepladder.models.noise import row_keys
 from stepladder.train.optim import adamw
@@ -154,3 +154,48 @@ def test_metric_lines_have_the_norm_where_there_is_a_head(tiny, tmp_path):
             assert all(0 < norms["halting"] < 10 for norms in found)
         else:
             assert found == [None] * 3
+
+
+def _gradients(model, batch, train, optimizer):
+    taken = gradient_step(model, optimizer, batch, train, lr=0.0, noise=9)
+    return taken.loss, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.fixture
+def recurrent(tiny, tmp_path):
+    """(run, model, optimizer, batch) of a model whose state carries a gradient across all tokens."""
+    run = tiny(kind="ssm", clip=1e9)
+    stream = Stream(run.data, run.seed, tmp_path)
+    model = build(run, stream.tokenizer.vocab).double()
+    return run, model, adamw(model, run.train), stream.batch(0, np.arange(4), 4)
+
+
+def test_a_horizon_leaves_the_loss_and_cuts_the_gradient(recurrent):
+    run, model, optimizer, batch = recurrent
+    length = batch.tokens.shape[1]
+    found = {
+        h: _gradients(model, batch, run.train.model_copy(update={"horizon": h}), optimizer)
+        for h in (None, length, length + 5, 7, 1)
+    }
+    loss, whole = found[None]
+    for horizon in (length, length + 5):
+        assert found[horizon][0] == loss
+        torch.testing.assert_close(found[horizon][1], whole, rtol=0, atol=0)
+    for horizon in (7, 1):
+        assert found[horizon][0] == pytest.approx(loss, rel=1e-9)
+        distance = max(float((a - b).abs().max()) for a, b in zip(found[horizon][1], whole, strict=True))
+        assert distance > 1e-4
+
+
+def test_a_horizon_is_the_sum_over_chunks_with_the_state_as_a_constant(recurrent):
+    run, model, optimizer, batch = recurrent
+    tokens, targets, documents = (torch.from_numpy(a) for a in (batch.tokens, batch.targets, batch.documents))
+    state, total = None, 0.0
+    for chunk in range(0, tokens.shape[1], 9):
+        place = slice(chunk, chunk + 9)
+        key = row_keys(9, 4, torch.device("cpu")) if state is None else None
+        output = model(tokens[:, place], state, targets=targets[:, place], documents=documents[:, place], key=key)
+        total, state = total + output.nll_BT.sum(), detach_state(output.state)
+    expected = torch.autograd.grad(total / (targets != IGNORE).sum(), list(model.parameters()))
+    _, found = _gradients(model, batch, run.train.model_copy(update={"horizon": 9}), optimizer)
+    torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-12)
