@@ -144,6 +144,7 @@ class Task(Kinded):
     range and ``ood`` its end times ``growth``.
     """
 
+    complexity: ClassVar[str | None] = None  # of the algorithm that the task is, where one is meant: "O(n) time, ..."
     axis: ClassVar[str]  # what size counts: "digits"
     alphabet: ClassVar[str]  # every character that a question or an answer may have
     smallest: ClassVar[int] = 1
