@@ -25,7 +25,8 @@ SPLITS = {"test": (0, 1), "valid": (1, 2), "train": (2, 8)}
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the step of SplitMix64
 _STRIDE = 0xD1B54A32D192ED03  # the same between the attempts at one item; any other odd constant does
 _WORDS = 4  # random words of a candidate; Dice stretches them
-_CHUNK = 4096  # rows drawn together: enough to hide NumPy's overhead, few enough to stay in the cache
+_CHUNK = 4096  # neighbours that are sorted by size
+_SLICE = 2048  # rows drawn together: enough to hide NumPy's overhead, few enough to stay in the cache
 
 T = TypeVar("T", bound="type[Task]")
 Range = Annotated[tuple[int, int], Field(description="smallest and largest size in training, both inclusive")]
@@ -75,6 +76,12 @@ def strings(matrix: np.ndarray) -> list[str]:
         return [""] * len(matrix)
     rows = np.ascontiguousarray(matrix).view(f"S{matrix.shape[1]}")[:, 0]
     return [row.decode("ascii") for row in rows.tolist()]
+
+
+def codes(texts: Sequence[str]) -> np.ndarray:
+    """Texts as a zero-padded uint8 matrix [n, L]: undoes ``strings``."""
+    rows = np.array([text.encode("ascii") for text in texts] or [b""])
+    return rows.view(np.uint8).reshape(len(rows), -1)[: len(texts)]
 
 
 def _stacked(matrices: Sequence[np.ndarray]) -> np.ndarray:
@@ -202,18 +209,25 @@ class Task(Kinded):
         parts: list[Examples] = []
         places: list[np.ndarray] = []
         for start in range(0, len(order), _CHUNK):
-            rows = order[start : start + _CHUNK]
-            for found, part in self._fill(root, split, indices[rows], sizes[rows]):
-                places.append(rows[found])
-                parts.append(part)
+            near = order[start : start + _CHUNK]
+            near = near[np.argsort(sizes[near], kind="stable")]  # a slice is drawn as wide as its longest text
+            for first in range(0, len(near), _SLICE):
+                rows = near[first : first + _SLICE]
+                for found, part in self._fill(root, split, indices[rows], sizes[rows]):
+                    places.append(rows[found])
+                    parts.append(part)
         back = np.empty(len(indices), np.int64)
         back[np.concatenate([*places, np.empty(0, np.int64)])] = np.arange(len(indices))
         return Examples.join(parts).take(back)
 
+    def fingerprints(self, examples: Examples) -> np.ndarray:
+        """A 64-bit hash of every canonical question: uint64 [n]."""
+        return _hash(self.canonical(examples), self._salt)
+
     def admits(self, split: str, examples: Examples) -> np.ndarray:
         """Which examples belong to ``split``, by the hash of their canonical question: bool [n]."""
         low, high = SPLITS[split]
-        bucket = (_hash(self.canonical(examples), self._salt) & np.uint64(7)).astype(np.int64)
+        bucket = (self.fingerprints(examples) & np.uint64(7)).astype(np.int64)
         return (low <= bucket) & (bucket < high) & examples.answer.any(axis=1)
 
     def _fill(
