@@ -206,8 +206,10 @@ def list_things(plugin: Plugins = None) -> None:
 
 data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
 compgen_app = typer.Typer(help="CompGen: small programs with a declared complexity.", no_args_is_help=True)
+clrs_app = typer.Typer(help="CLRS-Text: 30 textbook algorithms as questions and answers.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_app.add_typer(compgen_app, name="compgen")
+data_app.add_typer(clrs_app, name="clrs")
 
 
 @compgen_app.command(name="generate")
@@ -252,6 +254,28 @@ def compgen_verify(
     with _progress(f"checking {folder}", compgen.count(folder)) as advance:
         found = compgen.verify(folder, every, advance)
     _say(f"{folder}: {', '.join(f'{count:,} {name}' for name, count in found.items())}: all as they should be")
+
+
+@clrs_app.command(name="generate")
+def clrs_generate(
+    out: Annotated[Path, typer.Option(help="file to make, .jsonl or .jsonl.gz")],
+    algorithms: Annotated[str, typer.Option(help="algorithms, comma-separated, or all")] = "all",
+    lengths: Annotated[str, typer.Option(help="published lengths: train or eval; or some, comma-separated")] = "train",
+    per_cell: Annotated[int, typer.Option(help="texts of each algorithm and length")] = 100,
+    seed: Annotated[int, typer.Option(help="seed of the inputs")] = 0,
+    hints: Annotated[bool, typer.Option(help="ask for the states on the way, too")] = False,
+    max_chars: Annotated[int, typer.Option(help="characters of a text, at most")] = 8192,
+    exclude: Annotated[list[Path] | None, typer.Option(help="file whose questions to leave out")] = None,
+) -> None:
+    """Write CLRS-Text, as question, answer, algo_name, length; no question twice."""
+    from stepladder.data import clrs
+
+    grid = lengths if lengths in ("train", "eval") else _names(lengths)
+    tree: dict[str, Any] = {"algorithms": _names(algorithms), "lengths": grid, "per_cell": per_cell}
+    tree |= {"seed": seed, "hints": hints, "max_chars": max_chars}
+    with _progress(f"writing {out}", clrs.total(tree)) as advance:
+        made = clrs.generate(tree, out, exclude or (), advance)
+    _say(f"{out}: {clrs.told(made, per_cell)}")
 
 
 @app.command()

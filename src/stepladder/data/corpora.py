@@ -225,6 +225,15 @@ def _lines(handle: IO[bytes], counts: Counter[str]) -> Iterator[str]:
 
 
 def _jsonl(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[str]:
+    for number, entry in _objects(handle, path, counts):
+        text = entry.get("text")
+        if not isinstance(text, str):
+            raise UserError(f"text source '{path}', line {number}: must be an object with a 'text' that is a string")
+        yield clean(text, counts)
+
+
+def _objects(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, each with the number of its line."""
     for number, line in enumerate(_lines(handle, counts), start=1):
         if not line.strip():
             continue
@@ -232,10 +241,15 @@ def _jsonl(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[str]:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"text source '{path}', line {number}: not JSON ({error})") from error
-        text = entry.get("text") if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"text source '{path}', line {number}: must be an object with a 'text' that is a string")
-        yield clean(text, counts)
+        yield number, entry if isinstance(entry, dict) else {}
+
+
+def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.gz file, each with the number of its line; what is no object counts as {}."""
+    if not path.removesuffix(".gz").endswith(".jsonl"):
+        raise UserError(f"source '{path}' must end in .jsonl or .jsonl.gz")
+    with _open(path) as handle:
+        yield from _objects(handle, path, Counter())
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
