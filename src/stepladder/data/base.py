@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from pydantic import model_validator
@@ -71,16 +71,16 @@ class Examples:
 
 
 def strings(matrix: np.ndarray) -> list[str]:
-    """The rows of a zero-padded uint8 matrix of ASCII codes as Python text."""
+    """The rows of a zero-padded uint8 matrix of ASCII codes (or other UTF-8) as Python text."""
     if matrix.shape[1] == 0:
         return [""] * len(matrix)
     rows = np.ascontiguousarray(matrix).view(f"S{matrix.shape[1]}")[:, 0]
-    return [row.decode("ascii") for row in rows.tolist()]
+    return [row.decode() for row in rows.tolist()]
 
 
 def codes(texts: Sequence[str]) -> np.ndarray:
     """Texts as a zero-padded uint8 matrix [n, L]: undoes ``strings``."""
-    rows = np.array([text.encode("ascii") for text in texts] or [b""])
+    rows = np.array([text.encode() for text in texts] or [b""])
     return rows.view(np.uint8).reshape(len(rows), -1)[: len(texts)]
 
 
@@ -138,6 +138,33 @@ class Dice:
         if columns is None:
             return below(self.words(1)[:, 0], bound)
         return below(self.words(columns), bound if isinstance(bound, int) else bound[:, None])
+
+
+class Asked(Protocol):
+    """What the suites of tasks ask and score: a Task, or a group of held-out pairs."""
+
+    @property
+    def iid(self) -> Sizes:
+        """Sizes inside the training range."""
+
+    @property
+    def ood(self) -> Sizes:
+        """Sizes beyond it."""
+
+    def items(self, seed: int, samples: int) -> tuple[Examples, np.ndarray]:
+        """Test examples, at most ``samples`` of every size; and the place [n] of each among those of its size."""
+
+    def glance(self, seed: int, samples: int) -> Examples:
+        """At most ``samples`` examples to look at during training, of the sizes trained on."""
+
+    def verify(self, question: str, output: str) -> bool:
+        """Whether ``output``, the text up to the end-of-sequence token, is right."""
+
+    def solve(self, question: str) -> str:
+        """The right answer."""
+
+    def chance(self, size: int) -> float:
+        """The accuracy of a uniform guess at ``size``."""
 
 
 class Task(Kinded):
@@ -219,6 +246,16 @@ class Task(Kinded):
         back = np.empty(len(indices), np.int64)
         back[np.concatenate([*places, np.empty(0, np.int64)])] = np.arange(len(indices))
         return Examples.join(parts).take(back)
+
+    def items(self, seed: int, samples: int) -> tuple[Examples, np.ndarray]:
+        """The first ``samples`` test examples of every evaluated size, and the index [n] of each."""
+        sizes = self.iid + self.ood
+        index = np.tile(np.arange(samples), len(sizes))
+        return self.batch(seed, "test", index, np.repeat(sizes, samples)), index
+
+    def glance(self, seed: int, samples: int) -> Examples:
+        """The first ``samples`` validation examples of the training range."""
+        return self.batch(seed, "valid", np.arange(samples), self.train)
 
     def fingerprints(self, examples: Examples) -> np.ndarray:
         """A 64-bit hash of every canonical question: uint64 [n]."""

@@ -69,7 +69,7 @@ class Corpus:
 
     def __init__(self, path: str, valid: str | None = None) -> None:
         self.path, self.valid = path, valid
-        self.digest = digest({"rules": RULES, "train": _content(path), "valid": valid and _content(valid)})
+        self.digest = digest({"rules": RULES, "train": content(path), "valid": valid and content(valid)})
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of "train" or "valid", read anew at every call."""
@@ -79,6 +79,10 @@ class Corpus:
             return texts
         wanted = (self.scan.sides == (split == "valid")).tolist()
         return itertools.compress(texts, wanted)
+
+    def characters(self, split: str) -> int:
+        """How many characters ``documents`` gives."""
+        return self.scan.characters[split]
 
     @cached_property
     def scan(self) -> Scan:
@@ -151,7 +155,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def _content(path: str) -> str:
+def content(path: str) -> str:
     """SHA-256 of what is behind a path."""
     if path == PYDOC:
         return digest(topics)
