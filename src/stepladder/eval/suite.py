@@ -87,7 +87,7 @@ class Suite:
 
     def missing(self, run: Run) -> bool:
         """Whether ``run`` has nothing that this suite could evaluate."""
-        return self.needs != "any" and all(source.kind != self.needs for source in run.data.sources)
+        return self.needs != "any" and all(source.serves != self.needs for source in run.data.sources)
 
 
 SUITES: Registry[Suite] = Registry("suite")
