@@ -41,7 +41,7 @@ OVERLAP_ITEMS = 2000
 class Source(Kinded):
     """Where rows come from, and how often: the kinds are ``task``, ``pairs`` and ``text``."""
 
-    serves: ClassVar[str]  # the suites that ask about it: those that need a "task", or a "text"
+    serves: ClassVar[str] = ""  # the suites that ask about it: those that need a "task", or a "text"
 
     weight: Amount | tuple[tuple[Step, Amount], ...] = Field(
         1.0,
