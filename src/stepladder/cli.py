@@ -247,8 +247,10 @@ def compgen_generate(
 def compgen_verify(
     folder: Annotated[Path, typer.Argument(help="folder that `generate` made")],
     every: Annotated[int, typer.Option(min=1, help="work out every so many'th answer")] = 1,
+    plugin: Plugins = None,
 ) -> None:
     """Check files, splits and duplicates, and work out all answers anew."""
+    plugins.load(plugin or ())
     from stepladder.data import compgen
 
     with _progress(f"checking {folder}", compgen.count(folder)) as advance:
