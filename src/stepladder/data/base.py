@@ -160,6 +160,9 @@ class Asked(Protocol):
     def verify(self, question: str, output: str) -> bool:
         """Whether ``output``, the text up to the end-of-sequence token, is right."""
 
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """Further scores of an output, 0..1 by name: they stand beside exact match, never instead of it."""
+
     def solve(self, question: str) -> str:
         """The right answer."""
 
@@ -215,6 +218,10 @@ class Task(Kinded):
         The rule is equality, character for character: "012", " 12", "12." and "12 = 12" are all wrong for "12".
         """
         return output == self.solve(question)
+
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """Further scores of an output, 0..1 by name; here none."""
+        return {}
 
     def batch(
         self,

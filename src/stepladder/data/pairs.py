@@ -40,12 +40,14 @@ class Pair(NamedTuple):
 
 
 class Templates(NamedTuple):
-    """What of a line is what; no ``group`` or ``size``: all are of one."""
+    """What of a line is what; no ``group`` or ``size``: all are of one. ``final``: no template, but the text in the
+    answer behind which, the last time it occurs, the result stands."""
 
     question: str
     answer: str
     group: str | None = None
     size: str | None = None
+    final: str | None = None
 
 
 class _Fields(string.Formatter):
@@ -83,7 +85,9 @@ class Pairs:
         files = [content(file) for file in (path, *valid)]
         self.digest = digest({"files": files, "templates": list(templates)})
         trained, held_by = _by_group(self.train), _by_group(self.held)
-        self.quizzes = {group: Quiz(group, held_by[group], trained.get(group, [])) for group in sorted(held_by)}
+        self.quizzes = {
+            group: Quiz(group, held_by[group], trained.get(group, []), templates.final) for group in sorted(held_by)
+        }
 
     def documents(self, split: str) -> Iterator[str]:
         """Question and answer of every pair of "train" or "valid" (what is held out)."""
@@ -119,8 +123,8 @@ class Quiz:
     was not trained on.
     """
 
-    def __init__(self, group: str, pairs: list[Pair], trained: list[Pair]) -> None:
-        self.group, self.pairs = group, pairs
+    def __init__(self, group: str, pairs: list[Pair], trained: list[Pair], final: str | None = None) -> None:
+        self.group, self.pairs, self._final = group, pairs, final
         self._answer = {pair.question: pair.answer for pair in pairs}
         self._known: defaultdict[int, set[str]] = defaultdict(set)  # answers by size
         for pair in (*pairs, *trained):
@@ -149,6 +153,13 @@ class Quiz:
     def verify(self, question: str, output: str) -> bool:
         """Whether ``output`` is the answer, character for character."""
         return output == self._answer[question]
+
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """``final``: whether the result is right, whatever the steps before it, where such a mark is set."""
+        if self._final is None:
+            return {}
+        wanted, given = (text.rpartition(self._final)[2] for text in (self._answer[question], output))
+        return {"final": float(wanted == given)}
 
     def solve(self, question: str) -> str:
         """The answer."""
@@ -179,7 +190,7 @@ def _read(path: str, templates: Templates) -> Iterator[Pair]:
         answer = answer.strip()
         if not question or not answer:
             raise UserError(f"pairs {place}: the {'answer' if question else 'question'} is empty")
-        group, size = (template and _text(template, row, place) for template in templates[2:])
+        group, size = (template and _text(template, row, place) for template in templates[2:4])
         if size is not None and not size.isdecimal():
             raise UserError(f"pairs {place}: the size '{size}' is no whole number")
         yield Pair(question, answer, group or "", int(size or 0), place)

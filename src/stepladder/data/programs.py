@@ -8,6 +8,7 @@ it says which program is meant; the answer follows the last "=". As a record of 
 from __future__ import annotations
 
 import re
+from operator import eq
 from typing import ClassVar
 
 import numpy as np
@@ -53,6 +54,16 @@ class ArrayProgram(Program):
         if self.low >= self.high:
             raise ValueError(f"low = {self.low} must be below high = {self.high}")
         return self
+
+
+class ListProgram(ArrayProgram):
+    """A program on an array whose answer is a list, too."""
+
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """``elements``: the share of places at which the answer's and the output's elements are the same; places that
+        only one of the two has count as wrong."""
+        wanted, given = self.solve(question).split(","), output.split(",")
+        return {"elements": sum(map(eq, wanted, given)) / max(len(wanted), len(given))}
 
 
 def record(question: str, answer: str) -> tuple[str, str]:

@@ -130,6 +130,9 @@ class PairSource(Source):
     answer: str = Field("{answer}", description="template of the answer")
     group: str | None = Field(None, description="template of what is scored apart, such as '{algo_name}'")
     size: str | None = Field(None, description="template of the size, a whole number, such as '{length}'")
+    final: str | None = Field(
+        None, min_length=1, description="text before an answer's result, such as ' | ': it is scored alone, too"
+    )
 
     @property
     def label(self) -> str:
@@ -139,7 +142,7 @@ class PairSource(Source):
     @cached_property
     def pairs(self) -> Pairs:
         """What the files hold, read once."""
-        return Pairs(self.path, self.valid, Templates(self.question, self.answer, self.group, self.size))
+        return Pairs(self.path, self.valid, Templates(self.question, self.answer, self.group, self.size, self.final))
 
     def asked(self, name: str) -> list[tuple[str, Asked]]:
         """The groups, as NAME/GROUP."""

@@ -157,6 +157,17 @@ def test_items_are_all_pairs_or_a_choice_of_the_seed(files):
     assert len(quiz.glance(0, 500)) == 35
 
 
+def test_the_result_behind_the_steps_has_a_mark_of_its_own(tmp_path):
+    rows = [{"question": f"{n}?", "answer": f"[{n}], [{n + 1}] | {n}\n\n"} for n in range(40)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    quiz = Pairs(path, [path], PLAIN._replace(final=" | ")).quizzes[""]
+    assert quiz.marks("3?", "[3], [4] | 3") == quiz.marks("3?", "[9] | 3") == quiz.marks("3?", "3") == {"final": 1.0}
+    assert quiz.marks("3?", "[3], [4] | 4") == quiz.marks("3?", "[3], [4]") == quiz.marks("3?", "") == {"final": 0.0}
+    assert quiz.verify("3?", "[3], [4] | 3")
+    assert not quiz.verify("3?", "[9] | 3")
+    assert Pairs(path, [path], PLAIN).quizzes[""].marks("3?", "3") == {}
+
+
 def test_texts_beyond_ascii_survive(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"question": f"naïve {n} ☃?", "answer": f"é{n} 😀"} for n in range(40)])
     quiz = Pairs(path, [], PLAIN).quizzes[""]

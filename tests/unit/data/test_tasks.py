@@ -411,3 +411,16 @@ def test_repetitions_are_uniform():
     times = Counter(question[-2] for question in draw(TASKS.get("repeat_copy")(), 6, 1500).questions())
     assert set(times) == set("123")
     assert min(times.values()) > 420
+
+
+def test_lists_are_marked_by_element():
+    for name, question, answer in (
+        ("prefix_sums", "arr=3,-1,4; prefix=", "3,2,6"),
+        ("sort_then_scan", "arr=3,-1,3; rle=", "-1:1,3:2"),
+    ):
+        task, many = TASKS.get(name)(), answer.count(",") + 1
+        assert task.marks(question, answer) == {"elements": 1.0}
+        assert task.marks(question, answer[:-1] + "7") == pytest.approx({"elements": 1 - 1 / many})
+        assert task.marks(question, answer + ",5") == {"elements": many / (many + 1)}
+        assert task.marks(question, "") == {"elements": 0.0}
+    assert TASKS.get("scan_reduce")().marks("op=sum; arr=1,2=", "3") == {}

@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 
 from stepladder.data.base import Dice, Examples, Range, task
-from stepladder.data.programs import ArrayProgram, array
+from stepladder.data.programs import ListProgram, array
 from stepladder.data.symbols import joined, text
 
 
 @task("prefix_sums")
-class PrefixSums(ArrayProgram):
+class PrefixSums(ListProgram):
     """All sums of the first one, two, three, ... numbers of an array.
 
     ``arr=3,-1,4; prefix=`` -> ``3,2,6``

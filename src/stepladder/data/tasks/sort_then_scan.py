@@ -9,12 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from stepladder.data.base import Dice, Examples, Range, task
-from stepladder.data.programs import ArrayProgram, array
+from stepladder.data.programs import ListProgram, array
 from stepladder.data.symbols import decimals, joined, text
 
 
 @task("sort_then_scan")
-class SortThenScan(ArrayProgram):
+class SortThenScan(ListProgram):
     """The run lengths of a sorted array: every value and how often it occurs.
 
     ``arr=3,-1,3; rle=`` -> ``-1:1,3:2``
