@@ -10,7 +10,8 @@ compatibility characters resolved (NFKC: full-width digits, ...), any dash as "-
     an integer       the first integer; commas inside it are dropped, -0 is 0     12: "12. Actually 13", "= １２."
     anything else    the first line that is not blank, without a trailing period  abc: "abc.", "```\\nabc\\n```"
 
-Digits stay as written otherwise ("012" is not 12), since many answers are strings of digits.
+Digits stay as written otherwise ("012" is not 12), since many answers are strings of digits. Some tasks give further
+marks (the share of right elements of a list, the result behind the steps): records and cells have them as ``marks``.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def _record(
     output = written(generation.tokens, tokenizer)
     # A special token before the end is an error that plain decoding would hide: it drops them.
     clean = generation.stop == "eos" and not (generation.tokens < SPECIALS).any()
+    marks = task.marks(question, output)
     return {
         "task": name,
         "size": size,
@@ -124,6 +126,7 @@ def _record(
         "lenient": generation.stop != "nan" and lenient(output, answer),
         "stop": generation.stop,
         "ticks": generation.ticks,
+        **({"marks": marks} if marks else {}),
     }
 
 
@@ -166,6 +169,7 @@ def _cell(name: str, size: int, group: Sequence[dict[str, Any]], task: Asked) ->
     n, right = len(group), sum(record["correct"] for record in group)
     low, high = wilson(right, n)
     ticks = [record["ticks"] for record in group if record["ticks"] is not None]
+    marks = {mark for record in group for mark in record.get("marks", {})}
     return {
         "task": name,
         "size": size,
@@ -180,6 +184,7 @@ def _cell(name: str, size: int, group: Sequence[dict[str, Any]], task: Asked) ->
         "lenient": sum(record["lenient"] for record in group) / n,
         "stops": dict(sorted(Counter(record["stop"] for record in group).items())),
         "ticks": float(np.mean(ticks)) if ticks else None,
+        "marks": {mark: float(np.mean([record["marks"][mark] for record in group])) for mark in sorted(marks)},
     }
 
 

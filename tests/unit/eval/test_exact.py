@@ -167,3 +167,15 @@ def test_pairs_beside_tasks_and_texts_alone(make, pairs, tmp_path):
     texts = make([{"kind": "text", "path": str(tmp_path / "a.txt")}])
     assert SUITES.get("algorithmic").missing(texts.run)
     assert SUITES.get("likelihood").missing(make(pairs).run)
+
+
+def test_marks_stand_beside_exact_match(make):
+    loaded = make([{"kind": "task", "task": {"kind": "prefix_sums", "train": [4, 4], "iid": [4], "ood": []}}])
+    (sheet,) = sheets(loaded.run, 1, 6)
+    spoiled = answering(loaded, sheet, lambda answer: (*answer[:-1], BYTES.encode("x")[0], EOS))
+    records = ask(spoiled, BYTES, sheet, loaded.run.eval)
+    assert {(record["correct"], record["marks"]["elements"]) for record in records} == {(False, 0.75)}
+    (cell,) = cells(records, dict(tasks(loaded.run)))
+    assert (cell["accuracy"], cell["marks"]) == (0.0, {"elements": 0.75})
+    plain = make()
+    assert all("marks" not in record for record in algorithmic(job(plain, samples=2)).records)
