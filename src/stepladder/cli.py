@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,9 +202,89 @@ def list_things(plugin: Plugins = None) -> None:
     from stepladder.models.zoo import ARCHITECTURES
 
     for registry in (ARCHITECTURES, TASKS, SUITES):
-        rows = [(name, (registry.get(name).__doc__ or "").strip().partition("\n")[0]) for name in registry.names()]
+        rows = []
+        for name in registry.names():
+            line = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+            complexity = getattr(registry.get(name), "complexity", None)
+            rows.append((name, f"{line} {complexity}" if complexity else line))
         _print_rows(registry.noun, rows)
     _print_rows("law", [(name, law.says) for name, law in LAWS.items()])
+
+
+data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
+compgen_app = typer.Typer(help="CompGen: small programs with a declared complexity.", no_args_is_help=True)
+clrs_app = typer.Typer(help="CLRS-Text: 30 textbook algorithms as questions and answers.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+data_app.add_typer(compgen_app, name="compgen")
+data_app.add_typer(clrs_app, name="clrs")
+
+
+@compgen_app.command(name="generate")
+def compgen_generate(
+    out_dir: Annotated[Path, typer.Option(help="folder to make")],
+    tasks: Annotated[str, typer.Option(help="tasks, comma-separated, or all")] = "all",
+    dataset_size: Annotated[int, typer.Option(help="train and test examples of each task together")] = 10_000,
+    seed: Annotated[int, typer.Option(help="seed of the examples and their order")] = 1337,
+    min_n: Annotated[int, typer.Option(help="shortest array in train and test")] = 8,
+    max_n: Annotated[int, typer.Option(help="longest array in train and test")] = 64,
+    split_frac: Annotated[float, typer.Option(help="share of the examples that is for training")] = 0.98,
+    ood_n: Annotated[int, typer.Option(help="longest array in ood; 0: no ood split")] = 128,
+    fmt: Annotated[str, typer.Option(help="jsonl or parquet")] = "jsonl",
+    hf_repo: Annotated[str | None, typer.Option(help="dataset on the Hugging Face hub, OWNER/NAME")] = None,
+    hf_upload: Annotated[bool, typer.Option(help="upload to --hf-repo")] = False,
+    hf_private: Annotated[bool, typer.Option(help="make a new --hf-repo private")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Write train, test and longer-than-trained (ood) splits with a dataset card; and upload them, if asked to."""
+    plugins.load(plugin or ())
+    from stepladder.data import compgen, hub
+
+    repo = hub.asked(hf_repo, hf_upload)
+    tree: dict[str, Any] = {"tasks": _names(tasks), "dataset_size": dataset_size, "seed": seed, "fmt": fmt}
+    tree |= {"min_n": min_n, "max_n": max_n, "split_frac": split_frac, "ood_n": ood_n}
+    with _progress(f"writing {out_dir}", compgen.total(tree)) as advance:
+        meta = compgen.generate(tree, out_dir, advance)
+    counts = ", ".join(f"{split['examples']:,} {name}" for name, split in meta["splits"].items())
+    _say(f"{out_dir}: {counts}, {len(meta['tasks'])} tasks")
+    if repo:
+        _say(f"uploaded: {hub.upload(out_dir, repo, hf_private)}")
+
+
+@compgen_app.command(name="verify")
+def compgen_verify(
+    folder: Annotated[Path, typer.Argument(help="folder that `generate` made")],
+    every: Annotated[int, typer.Option(min=1, help="work out every so many'th answer")] = 1,
+    plugin: Plugins = None,
+) -> None:
+    """Check files, splits and duplicates, and work out all answers anew."""
+    plugins.load(plugin or ())
+    from stepladder.data import compgen
+
+    with _progress(f"checking {folder}", compgen.count(folder)) as advance:
+        found = compgen.verify(folder, every, advance)
+    _say(f"{folder}: {', '.join(f'{count:,} {name}' for name, count in found.items())}: all as they should be")
+
+
+@clrs_app.command(name="generate")
+def clrs_generate(
+    out: Annotated[Path, typer.Option(help="file to make, .jsonl or .jsonl.gz")],
+    algorithms: Annotated[str, typer.Option(help="algorithms, comma-separated, or all")] = "all",
+    lengths: Annotated[str, typer.Option(help="published lengths: train or eval; or some, comma-separated")] = "train",
+    per_cell: Annotated[int, typer.Option(help="texts of each algorithm and length")] = 100,
+    seed: Annotated[int, typer.Option(help="seed of the inputs")] = 0,
+    hints: Annotated[bool, typer.Option(help="ask for the states on the way, too")] = False,
+    max_chars: Annotated[int, typer.Option(help="characters of a text, at most")] = 8192,
+    exclude: Annotated[list[Path] | None, typer.Option(help="file whose questions to leave out")] = None,
+) -> None:
+    """Write CLRS-Text, as question, answer, algo_name, length; no question twice."""
+    from stepladder.data import clrs
+
+    grid = lengths if lengths in ("train", "eval") else _names(lengths)
+    tree: dict[str, Any] = {"algorithms": _names(algorithms), "lengths": grid, "per_cell": per_cell}
+    tree |= {"seed": seed, "hints": hints, "max_chars": max_chars}
+    with _progress(f"writing {out}", clrs.total(tree)) as advance:
+        made = clrs.generate(tree, out, exclude or (), advance)
+    _say(f"{out}: {clrs.told(made, per_cell)}")
 
 
 @app.command()
@@ -236,6 +318,19 @@ def show(
 def _say(line: str, bold: bool = False) -> None:
     """A line as it is: nothing is wrapped, and nothing in it is markup."""
     console.print(line, style="bold" if bold else None, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr; gives a function that moves it on."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = Console(stderr=True)
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=shown, transient=True)
+    bars.disable = not shown.is_terminal
+    with bars:
+        bar = bars.add_task(title, total=total)
+        yield lambda count: bars.advance(bar, count)
 
 
 def _names(given: str | None) -> tuple[str, ...]:

@@ -103,6 +103,11 @@ MISTAKES = [
     (["list", "--plugin", "wrong.py"], "plugin 'wrong.py' failed at line 2: NameError: name 'nothing' is not defined"),
     (["train", "given.yaml", "--runs", "given.py/runs"], "given.py"),
     (["show", "transformer", "--size", "huge"], "sizes:"),
+    (["data", "compgen", "generate", "--out-dir", "made", "--tasks", "gdc"], "did you mean 'gcd'"),
+    (["data", "compgen", "generate", "--out-dir", "made", "--fmt", "tsv"], "fmt = 'tsv'"),
+    (["data", "compgen", "generate", "--out-dir", "given.py/made"], "given.py/made' cannot be written"),
+    (["data", "compgen", "verify", "absent"], "absent is no dataset of CompGen"),
+    (["data", "clrs", "generate", "--out", "a.jsonl", "--algorithms", "bsf"], "did you mean 'bfs'"),
     (["show", "transformer", "--context", "many"], "context"),
     (["show", "transformer", "--precision", "int8"], "precision = 'int8': must be 'fp32' or 'bf16'"),
     (["show", "transformer", "--ticks", "3"], "this architecture has no loop, so ticks=3 means nothing"),
@@ -221,6 +226,43 @@ def test_a_curriculum_from_flags_trains_and_scores_both_kinds(stepladder, tmp_pa
     assert json.loads((run / "summary.json").read_text())["steps"] == 10
     assert {r["task"] for r in sl.records(run)["algorithmic"]} == {"copy", "parity"}
     assert {r["source"] for r in sl.records(run)["likelihood"]} == {"pydoc"}
+
+
+def test_programs_are_made_verified_trained_on_and_scored(stepladder, tmp_path):
+    made = ["data", "compgen", "generate", "--out-dir", "made", "--tasks", "gcd, majority", "--dataset-size", "60"]
+    done = stepladder(*made, "--max-n", "24", "--ood-n", "40")
+    assert done.returncode == 0, done.stderr
+    assert "made: 118 train, 2 test, 2 ood, 2 tasks" in done.stdout
+    assert "all as they should be" in stepladder("data", "compgen", "verify", "made").stdout
+    source = {
+        "kind": "pairs",
+        "path": "made/train.jsonl",
+        "valid": ["made/test.jsonl", "made/ood.jsonl"],
+        "question": "task={task}\n{x}\n",
+        "answer": "{y}",
+        "group": "{task}",
+        "size": "{meta[n]}",
+    }
+    run = {
+        "model": {"kind": "transformer", "width": 16, "depth": 1, "heads": 2},
+        "data": {"sequence": 256, "sources": [source, {"kind": "task", "task": "sort"}]},
+        "train": {"steps": 2, "batch": 4},
+        "eval": {"suites": ["algorithmic"], "samples": 3},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    done = stepladder("train", "run.json")
+    assert done.returncode == 0, done.stderr
+    home = tmp_path / "runs" / "run"
+    cells = json.loads((home / "results_algorithmic.json").read_text())["cells"]
+    assert {(c["task"], c["regime"]) for c in cells} == {
+        (task, regime) for task in ("train/gcd", "train/majority", "sort") for regime in ("iid", "ood")
+    }
+    overlap = json.loads((home / "data.json").read_text())["overlap"]
+    assert overlap["train/gcd"] == {"questions": 2, "exact": 0, "normalised": 0}
+    (tmp_path / "made" / "test.jsonl").write_text((tmp_path / "made" / "ood.jsonl").read_text())
+    done = stepladder("eval", home)
+    assert done.returncode == 2
+    assert "are not those it was trained on" in done.stderr
 
 
 def test_climb_on_a_text_of_ones_own_and_report_again(stepladder, tmp_path):

@@ -232,6 +232,21 @@ def test_D8_text_overlap_is_measured_and_reported(
     assert again.overlap() == {"a": expected}
 
 
+@pytest.mark.parametrize(
+    ("held", "exact", "normalised"), [(["8?"], 0, 0), (["3?", "8?"], 1, 1), (["3 ?\n", "4?", "8?"], 1, 1)]
+)
+def test_D8_held_out_pairs_that_were_trained_on_are_reported(
+    tmp_path: Path, held: list[str], exact: int, normalised: int
+) -> None:
+    for name, questions in (("train", [f"{n}?" for n in range(6)] + ["A 3 ?"]), ("held", [*held, "a  3 ?"])):
+        rows = [json.dumps({"question": question, "answer": "x"}) + "\n" for question in questions]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    source = {"kind": "pairs", "path": str(tmp_path / "train.jsonl"), "valid": str(tmp_path / "held.jsonl")}
+    stream = Stream(validate(DataConfig, {"sources": [source]}, "x"), 0, tmp_path / "cache")
+    expected = {"questions": len(held) + 1, "exact": exact, "normalised": normalised + 1}
+    assert stream.overlap() == {"train": expected}
+
+
 def test_D8_a_split_by_hash_has_no_overlap(tmp_path: Path) -> None:
     texts = [f"Document {i}" for i in range(300)]
     path = jsonl(tmp_path / "a.jsonl", texts + [t.lower() + " " for t in texts] + texts)

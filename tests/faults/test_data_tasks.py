@@ -97,21 +97,35 @@ def test_T10_items_do_not_depend_on_the_hash_seed_or_the_process():
 
 GOLDEN = {
     "addition": "83+4956=",
+    "binary_search": "key=25; arr=-33,-15,11,12,13,25,42,46; at=",
+    "bracket_depth": "s=(()())(()(())())()(((((; depth=",
     "chain": "191424974>2>6>5=",
     "compare": "811?411=",
     "copy": "c:11852772=",
+    "dp_table_stripe": "s=daaaaaccbcabccbb; t=dbddbdadaacbaaaa; dist=",
     "dyck": "d:([())(()(()())())()()]=",
+    "freivalds": "a=0,5,5/8,9,9/5,1,1; b=6,8,4/6,5,6/0,4,9; c=30,45,75/102,145,167/36,49,35; equal=",
+    "gcd": "a=75744; b=35442; gcd=",
     "listops": "(x75(n051)5)=",
+    "longest_increasing": "arr=-39,-32,21,48,-37; lis=",
+    "majority": "arr=15,15,15,15,15,15,15,15,45,15,15,-28,15,44,-1; majority=",
     "mod_add": "517+280%556=",
     "multiplication": "6*1=",
     "needle": (
         " the silver left the cotton. the word of eagle=vugob. the word of ginger=segov. the word of spider=fupob. "
         "the word of temple=lefad. the word of ribbon=renul. the maple held the hammer. the word of spider="
     ),
+    "nested_loop_count": "target=-36; arr=-22,-19,-20,-24,-23,-18,-19,-21,-27,-23=",
     "parity": "100110111^=",
+    "prefix_sums": "arr=-34,37,-25,-19,43,-50,-24,23,34,-12; prefix=",
     "recall": "k:h5m2q0n1t4?mtqh=",
+    "repeat_copy": "p:29x1=",
     "reverse": "r:492953563=",
+    "scan_reduce": "op=xor; arr=28,-50,-42,1,-32,-49=",
+    "sort": "o:82=",
+    "sort_then_scan": "arr=-16,-11,-14,-14,15,-42,-31,-49,-14,-25,15,32,15,-16; rle=",
     "state_tracking": "3:aebccabfeec=",
+    "substring_count": "s=ababaaababab; p=bb; count=",
     "successor": "s:7931=",
 }
 

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from pydantic import model_validator
@@ -25,7 +25,8 @@ SPLITS = {"test": (0, 1), "valid": (1, 2), "train": (2, 8)}
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the step of SplitMix64
 _STRIDE = 0xD1B54A32D192ED03  # the same between the attempts at one item; any other odd constant does
 _WORDS = 4  # random words of a candidate; Dice stretches them
-_CHUNK = 4096  # rows drawn together: enough to hide NumPy's overhead, few enough to stay in the cache
+_CHUNK = 4096  # neighbours that are sorted by size
+_SLICE = 2048  # rows drawn together: enough to hide NumPy's overhead, few enough to stay in the cache
 
 T = TypeVar("T", bound="type[Task]")
 Range = Annotated[tuple[int, int], Field(description="smallest and largest size in training, both inclusive")]
@@ -70,11 +71,17 @@ class Examples:
 
 
 def strings(matrix: np.ndarray) -> list[str]:
-    """The rows of a zero-padded uint8 matrix of ASCII codes as Python text."""
+    """The rows of a zero-padded uint8 matrix of ASCII codes (or other UTF-8) as Python text."""
     if matrix.shape[1] == 0:
         return [""] * len(matrix)
     rows = np.ascontiguousarray(matrix).view(f"S{matrix.shape[1]}")[:, 0]
-    return [row.decode("ascii") for row in rows.tolist()]
+    return [row.decode() for row in rows.tolist()]
+
+
+def codes(texts: Sequence[str]) -> np.ndarray:
+    """Texts as a zero-padded uint8 matrix [n, L]: undoes ``strings``."""
+    rows = np.array([text.encode() for text in texts] or [b""])
+    return rows.view(np.uint8).reshape(len(rows), -1)[: len(texts)]
 
 
 def _stacked(matrices: Sequence[np.ndarray]) -> np.ndarray:
@@ -133,6 +140,36 @@ class Dice:
         return below(self.words(columns), bound if isinstance(bound, int) else bound[:, None])
 
 
+class Asked(Protocol):
+    """What the suites of tasks ask and score: a Task, or a group of held-out pairs."""
+
+    @property
+    def iid(self) -> Sizes:
+        """Sizes inside the training range."""
+
+    @property
+    def ood(self) -> Sizes:
+        """Sizes beyond it."""
+
+    def items(self, seed: int, samples: int) -> tuple[Examples, np.ndarray]:
+        """Test examples, at most ``samples`` of every size; and the place [n] of each among those of its size."""
+
+    def glance(self, seed: int, samples: int) -> Examples:
+        """At most ``samples`` examples to look at during training, of the sizes trained on."""
+
+    def verify(self, question: str, output: str) -> bool:
+        """Whether ``output``, the text up to the end-of-sequence token, is right."""
+
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """Further scores of an output, 0..1 by name: they stand beside exact match, never instead of it."""
+
+    def solve(self, question: str) -> str:
+        """The right answer."""
+
+    def chance(self, size: int) -> float:
+        """The accuracy of a uniform guess at ``size``."""
+
+
 class Task(Kinded):
     """A family of questions with one right answer each and a difficulty axis, ``size``.
 
@@ -144,6 +181,7 @@ class Task(Kinded):
     range and ``ood`` its end times ``growth``.
     """
 
+    complexity: ClassVar[str | None] = None  # of the algorithm that the task is, where one is meant: "O(n) time, ..."
     axis: ClassVar[str]  # what size counts: "digits"
     alphabet: ClassVar[str]  # every character that a question or an answer may have
     smallest: ClassVar[int] = 1
@@ -181,6 +219,10 @@ class Task(Kinded):
         """
         return output == self.solve(question)
 
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """Further scores of an output, 0..1 by name; here none."""
+        return {}
+
     def batch(
         self,
         seed: int,
@@ -201,18 +243,35 @@ class Task(Kinded):
         parts: list[Examples] = []
         places: list[np.ndarray] = []
         for start in range(0, len(order), _CHUNK):
-            rows = order[start : start + _CHUNK]
-            for found, part in self._fill(root, split, indices[rows], sizes[rows]):
-                places.append(rows[found])
-                parts.append(part)
+            near = order[start : start + _CHUNK]
+            near = near[np.argsort(sizes[near], kind="stable")]  # a slice is drawn as wide as its longest text
+            for first in range(0, len(near), _SLICE):
+                rows = near[first : first + _SLICE]
+                for found, part in self._fill(root, split, indices[rows], sizes[rows]):
+                    places.append(rows[found])
+                    parts.append(part)
         back = np.empty(len(indices), np.int64)
         back[np.concatenate([*places, np.empty(0, np.int64)])] = np.arange(len(indices))
         return Examples.join(parts).take(back)
 
+    def items(self, seed: int, samples: int) -> tuple[Examples, np.ndarray]:
+        """The first ``samples`` test examples of every evaluated size, and the index [n] of each."""
+        sizes = self.iid + self.ood
+        index = np.tile(np.arange(samples), len(sizes))
+        return self.batch(seed, "test", index, np.repeat(sizes, samples)), index
+
+    def glance(self, seed: int, samples: int) -> Examples:
+        """The first ``samples`` validation examples of the training range."""
+        return self.batch(seed, "valid", np.arange(samples), self.train)
+
+    def fingerprints(self, examples: Examples) -> np.ndarray:
+        """A 64-bit hash of every canonical question: uint64 [n]."""
+        return _hash(self.canonical(examples), self._salt)
+
     def admits(self, split: str, examples: Examples) -> np.ndarray:
         """Which examples belong to ``split``, by the hash of their canonical question: bool [n]."""
         low, high = SPLITS[split]
-        bucket = (_hash(self.canonical(examples), self._salt) & np.uint64(7)).astype(np.int64)
+        bucket = (self.fingerprints(examples) & np.uint64(7)).astype(np.int64)
         return (low <= bucket) & (bucket < high) & examples.answer.any(axis=1)
 
     def _fill(

@@ -69,7 +69,7 @@ class Corpus:
 
     def __init__(self, path: str, valid: str | None = None) -> None:
         self.path, self.valid = path, valid
-        self.digest = digest({"rules": RULES, "train": _content(path), "valid": valid and _content(valid)})
+        self.digest = digest({"rules": RULES, "train": content(path), "valid": valid and content(valid)})
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of "train" or "valid", read anew at every call."""
@@ -79,6 +79,10 @@ class Corpus:
             return texts
         wanted = (self.scan.sides == (split == "valid")).tolist()
         return itertools.compress(texts, wanted)
+
+    def characters(self, split: str) -> int:
+        """How many characters ``documents`` gives."""
+        return self.scan.characters[split]
 
     @cached_property
     def scan(self) -> Scan:
@@ -151,7 +155,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
-def _content(path: str) -> str:
+def content(path: str) -> str:
     """SHA-256 of what is behind a path."""
     if path == PYDOC:
         return digest(topics)
@@ -225,6 +229,15 @@ def _lines(handle: IO[bytes], counts: Counter[str]) -> Iterator[str]:
 
 
 def _jsonl(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[str]:
+    for number, entry in _objects(handle, path, counts):
+        text = entry.get("text")
+        if not isinstance(text, str):
+            raise UserError(f"text source '{path}', line {number}: must be an object with a 'text' that is a string")
+        yield clean(text, counts)
+
+
+def _objects(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, each with the number of its line."""
     for number, line in enumerate(_lines(handle, counts), start=1):
         if not line.strip():
             continue
@@ -232,10 +245,15 @@ def _jsonl(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[str]:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"text source '{path}', line {number}: not JSON ({error})") from error
-        text = entry.get("text") if isinstance(entry, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"text source '{path}', line {number}: must be an object with a 'text' that is a string")
-        yield clean(text, counts)
+        yield number, entry if isinstance(entry, dict) else {}
+
+
+def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.gz file, each with the number of its line; what is no object counts as {}."""
+    if not path.removesuffix(".gz").endswith(".jsonl"):
+        raise UserError(f"source '{path}' must end in .jsonl or .jsonl.gz")
+    with _open(path) as handle:
+        yield from _objects(handle, path, Counter())
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -78,7 +78,19 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Shards:
     return open_shards(folder, tokenizer)
 
 
-def learn(config: TokenizerConfig, alphabet: str, corpora: Sequence[Corpus], cache: Path) -> Tokenizer:
+class Learnable(Protocol):
+    """What a tokenizer can be learned from: a Corpus, or Pairs."""
+
+    digest: str
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The texts of "train" or "valid"."""
+
+    def characters(self, split: str) -> int:
+        """How many characters these have."""
+
+
+def learn(config: TokenizerConfig, alphabet: str, corpora: Sequence[Learnable], cache: Path) -> Tokenizer:
     """The tokenizer that a configuration describes, given every character of the tasks and the texts.
 
     One that reads text is learned from training documents, evenly spread over them, and kept in the cache.
@@ -89,7 +101,7 @@ def learn(config: TokenizerConfig, alphabet: str, corpora: Sequence[Corpus], cac
     folder = cache / f"tokenizer-{digest(what)[:32]}"
 
     def build(temporary: Path) -> None:
-        total = sum(corpus.scan.characters["train"] for corpus in corpora)
+        total = sum(corpus.characters("train") for corpus in corpora)
         every = math.ceil(max(1.0, total / config.reads()))
         texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
         tokenizer = config.build(alphabet, itertools.islice(texts, 0, None, every))

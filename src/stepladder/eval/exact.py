@@ -10,7 +10,8 @@ compatibility characters resolved (NFKC: full-width digits, ...), any dash as "-
     an integer       the first integer; commas inside it are dropped, -0 is 0     12: "12. Actually 13", "= １２."
     anything else    the first line that is not blank, without a trailing period  abc: "abc.", "```\\nabc\\n```"
 
-Digits stay as written otherwise ("012" is not 12), since many answers are strings of digits.
+Digits stay as written otherwise ("012" is not 12), since many answers are strings of digits. Some tasks give further
+marks (the share of right elements of a list, the result behind the steps): records and cells have them as ``marks``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from stepladder.core.stats import proportion_stderr, wilson
-from stepladder.data.base import Examples, Task
-from stepladder.data.stream import TaskSource
+from stepladder.data.base import Asked, Examples
 from stepladder.data.tokenizers import BOS, SPECIALS, Tokenizer
 from stepladder.eval.decode import Generation, generate
 from stepladder.eval.suite import Job, Outcome, suite
@@ -44,7 +44,7 @@ class Sheet:
     """The questions of one task: ``examples`` with ``index`` [n], the place of each among those of its size."""
 
     name: str
-    task: Task
+    task: Asked
     examples: Examples
     index: np.ndarray
 
@@ -59,16 +59,14 @@ def sheets(run: Run, seed: int, samples: int) -> list[Sheet]:
     """The test items of every task of a run: ``samples`` at each size, the same for every model and run seed."""
     found = []
     for name, task in tasks(run):
-        sizes = task.iid + task.ood
-        index = np.tile(np.arange(samples), len(sizes))
-        found.append(Sheet(name, task, task.batch(seed, "test", index, np.repeat(sizes, samples)), index))
+        found.append(Sheet(name, task, *task.items(seed, samples)))
     return found
 
 
-def tasks(run: Run) -> list[tuple[str, Task]]:
-    """The tasks that a run trains on, with the names of their sources."""
+def tasks(run: Run) -> list[tuple[str, Asked]]:
+    """The tasks that a run trains on, with the names of their sources; and the groups of its pairs."""
     named = zip(run.data.names(), run.data.sources, strict=True)
-    return [(name, source.task) for name, source in named if isinstance(source, TaskSource)]
+    return [asked for name, source in named for asked in source.asked(name)]
 
 
 def ask(
@@ -84,8 +82,7 @@ def ask(
     The bound on the output, unless configured, is the longest answer of that size plus 2 tokens: room for the
     end-of-sequence token, and for a wrong answer to show that it is too long.
     """
-    ids, lengths = tokenizer.encode_many(sheet.examples.question)
-    prompts = [np.concatenate(([BOS], row[:length])) for row, length in zip(ids, lengths, strict=True)]
+    prompts = [np.concatenate(([BOS], ids)) for ids in tokenizer.encode_all(sheet.examples.questions())]
     bounds: list[int] | int = _bounds(sheet, tokenizer)
     generations = generate(
         model,
@@ -103,18 +100,20 @@ def ask(
 
 
 def _bounds(sheet: Sheet, tokenizer: Tokenizer) -> list[int]:
-    lengths, sizes = tokenizer.encode_many(sheet.examples.answer)[1], sheet.examples.size
+    lengths = np.array([len(ids) for ids in tokenizer.encode_all(sheet.examples.answers())])
+    sizes = sheet.examples.size
     longest = {int(size): int(lengths[sizes == size].max()) + 2 for size in np.unique(sizes)}
     return [longest[size] for size in sizes.tolist()]
 
 
 def _record(
-    task: Task, item: tuple[str, int, int, str, str], generation: Generation, tokenizer: Tokenizer
+    task: Asked, item: tuple[str, int, int, str, str], generation: Generation, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     name, size, index, question, answer = item
     output = written(generation.tokens, tokenizer)
     # A special token before the end is an error that plain decoding would hide: it drops them.
     clean = generation.stop == "eos" and not (generation.tokens < SPECIALS).any()
+    marks = task.marks(question, output)
     return {
         "task": name,
         "size": size,
@@ -127,6 +126,7 @@ def _record(
         "lenient": generation.stop != "nan" and lenient(output, answer),
         "stop": generation.stop,
         "ticks": generation.ticks,
+        **({"marks": marks} if marks else {}),
     }
 
 
@@ -157,7 +157,7 @@ def _essence(text: str, answer: str) -> str | None:
     return lines[0].removesuffix(".").rstrip() if lines else None
 
 
-def cells(records: Iterable[dict[str, Any]], by_name: dict[str, Task]) -> list[dict[str, Any]]:
+def cells(records: Iterable[dict[str, Any]], by_name: dict[str, Asked]) -> list[dict[str, Any]]:
     """Accuracy of every (task, size): with Wilson's 95 % interval, chance, and why outputs ended."""
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
@@ -165,10 +165,11 @@ def cells(records: Iterable[dict[str, Any]], by_name: dict[str, Task]) -> list[d
     return [_cell(name, size, group, by_name[name]) for (name, size), group in grouped.items()]
 
 
-def _cell(name: str, size: int, group: Sequence[dict[str, Any]], task: Task) -> dict[str, Any]:
+def _cell(name: str, size: int, group: Sequence[dict[str, Any]], task: Asked) -> dict[str, Any]:
     n, right = len(group), sum(record["correct"] for record in group)
     low, high = wilson(right, n)
     ticks = [record["ticks"] for record in group if record["ticks"] is not None]
+    marks = {mark for record in group for mark in record.get("marks", {})}
     return {
         "task": name,
         "size": size,
@@ -183,15 +184,16 @@ def _cell(name: str, size: int, group: Sequence[dict[str, Any]], task: Task) -> 
         "lenient": sum(record["lenient"] for record in group) / n,
         "stops": dict(sorted(Counter(record["stop"] for record in group).items())),
         "ticks": float(np.mean(ticks)) if ticks else None,
+        "marks": {mark: float(np.mean([record["marks"][mark] for record in group])) for mark in sorted(marks)},
     }
 
 
 def brief(job: Job) -> dict[str, float]:
     """Accuracy by task on ``train.eval_samples`` validation items of the training range."""
     scores = {}
-    index = np.arange(job.run.train.eval_samples)
     for name, task in tasks(job.run):
-        sheet = Sheet(name, task, task.batch(job.config.seed, "valid", index, task.train), index)
+        examples = task.glance(job.config.seed, job.run.train.eval_samples)
+        sheet = Sheet(name, task, examples, np.arange(len(examples)))
         records = ask(job.model, job.tokenizer, sheet, job.config)
         scores[f"algorithmic/{name}"] = sum(record["correct"] for record in records) / len(records)
     return scores

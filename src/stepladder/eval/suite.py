@@ -92,7 +92,7 @@ class Suite:
 
     def missing(self, run: Run) -> bool:
         """Whether ``run`` has nothing that this suite could evaluate."""
-        return self.needs != "any" and all(source.kind != self.needs for source in run.data.sources)
+        return self.needs != "any" and all(source.serves != self.needs for source in run.data.sources)
 
     def narrowed(self, run: Run, config: EvalConfig) -> Run:
         """The run as this suite sees it."""
@@ -185,18 +185,18 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def restricted(run: Run, tasks: Sequence[str]) -> Run:
-    """The run without its other task sources; the names of those that stay are as before. No tasks restrict nothing.
+    """The run without its other tasks and pairs; the names of those that stay are as before. No tasks restrict nothing.
 
     Raises UserError for a task that the run was not trained on.
     """
     if not tasks:
         return run
-    known = list(dict.fromkeys(s.label for s in run.data.sources if isinstance(s, TaskSource)))
+    known = list(dict.fromkeys(s.label for s in run.data.sources if s.serves == "task"))
     for name in tasks:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none at all"
             raise UserError(f"eval.tasks: '{name}' is no task of this run{did_you_mean(name, known)}; {has}")
-    kept = tuple(s for s in run.data.sources if not isinstance(s, TaskSource) or s.label in tasks)
+    kept = tuple(s for s in run.data.sources if s.serves != "task" or s.label in tasks)
     return run.model_copy(update={"data": run.data.model_copy(update={"sources": kept})})
 
 

@@ -121,6 +121,7 @@ class TestBatch:
 
     def test_item_does_not_depend_on_the_chunking(self, monkeypatch):
         monkeypatch.setattr("stepladder.data.base._CHUNK", 17)
+        monkeypatch.setattr("stepladder.data.base._SLICE", 7)
         assert Addition().batch(5, "test", np.arange(300), (1, 9)).questions() == self.whole.questions()
 
     def test_far_apart_indices(self):

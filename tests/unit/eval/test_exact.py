@@ -1,15 +1,16 @@
 """Exact match: what counts as right, the bound on outputs, and the numbers of a cell."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from stepladder.core.stats import wilson
 from stepladder.data.tokenizers import BOS, EOS, PAD, ByteTokenizer
-from stepladder.eval.exact import algorithmic, ask, cells, sheets, table, tasks, written
-from stepladder.eval.self_test import Scripted
-from stepladder.eval.suite import Job
+from stepladder.eval.exact import algorithmic, ask, brief, cells, sheets, table, tasks, written
+from stepladder.eval.self_test import Scripted, self_test
+from stepladder.eval.suite import SUITES, Job
 
 BYTES = ByteTokenizer()
 
@@ -97,3 +98,84 @@ def test_progress_reaches_one(make):
     algorithmic(dataclasses.replace(job(make(), batch=30), advance=shares.append))
     assert sum(shares) == pytest.approx(1.0)
     assert len(shares) == 4
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A source of pairs in two groups, one of them with sizes beyond those trained on."""
+
+    def row(group, size, n):
+        return {"question": f"{group}? {'é' * size}{n}: ", "answer": f"«{size}{n}»\n", "kind": group, "n": size}
+
+    train = [row("up", size, n) for size in (2, 4) for n in range(30)] + [row("down", 3, n) for n in range(30)]
+    held = [row("up", size, n) for size in (2, 3, 6) for n in range(40, 49)] + [
+        row("down", 3, n) for n in range(25, 35)
+    ]
+    for name, rows in (("train", train), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = {"path": str(tmp_path / "train.jsonl"), "valid": str(tmp_path / "held.jsonl")}
+    return [{"kind": "pairs", **files, "group": "{kind}", "size": "{n}"}]
+
+
+def test_groups_of_pairs_are_asked_as_tasks_are(make, pairs):
+    loaded = make(pairs)
+    assert [name for name, _ in tasks(loaded.run)] == ["train/down", "train/up"]
+    down, up = sheets(loaded.run, 7, 8)
+    assert (down.examples.size.tolist(), up.examples.size.tolist()) == ([3] * 8, [2] * 8 + [3] * 8 + [6] * 8)
+    assert up.index.tolist() == [*range(8)] * 3
+    whole = sheets(loaded.run, 7, 1000)
+    assert [len(sheet.examples) for sheet in whole] == [10, 27], "no pair is asked twice"
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        (lambda answer: (*answer, EOS), True),
+        (lambda answer: (*answer, *BYTES.encode("\n").tolist(), EOS), False),
+        (lambda answer: (*answer[:-1], EOS), False),
+    ],
+)
+def test_answers_of_pairs_are_matched_exactly(make, pairs, reply, right):
+    loaded = make(pairs)
+    for sheet in sheets(loaded.run, 1, 6):
+        records = ask(answering(loaded, sheet, reply), BYTES, sheet, loaded.run.eval)
+        assert {record["correct"] for record in records} == {right}
+        assert {(r["size"], r["regime"]) for r in records} <= {(2, "iid"), (3, "iid"), (6, "ood")}
+        assert all(record["answer"] == record["answer"].strip() for record in records)
+
+
+def test_suites_of_tasks_run_on_pairs(make, pairs):
+    loaded = make(pairs)
+    for name in ("algorithmic", "depth", "self_test"):
+        assert not SUITES.get(name).missing(loaded.run)
+    outcome = algorithmic(job(loaded))
+    assert [(c["task"], c["size"], c["regime"], c["n"]) for c in outcome.body["cells"]] == [
+        ("train/down", 3, "iid", 10),
+        ("train/up", 2, "iid", 9),
+        ("train/up", 3, "iid", 9),
+        ("train/up", 6, "ood", 9),
+    ]
+    assert brief(job(loaded)) == {"algorithmic/train/down": 0.0, "algorithmic/train/up": 0.0}
+    checks = self_test(job(loaded)).body["checks"]
+    assert all(check["passed"] for check in checks), checks
+
+
+def test_pairs_beside_tasks_and_texts_alone(make, pairs, tmp_path):
+    beside = make([*pairs, {"kind": "task", "task": "parity"}])
+    assert [name for name, _ in tasks(beside.run)] == ["train/down", "train/up", "parity"]
+    (tmp_path / "a.txt").write_text("some text\n\n" * 30)
+    texts = make([{"kind": "text", "path": str(tmp_path / "a.txt")}])
+    assert SUITES.get("algorithmic").missing(texts.run)
+    assert SUITES.get("likelihood").missing(make(pairs).run)
+
+
+def test_marks_stand_beside_exact_match(make):
+    loaded = make([{"kind": "task", "task": {"kind": "prefix_sums", "train": [4, 4], "iid": [4], "ood": []}}])
+    (sheet,) = sheets(loaded.run, 1, 6)
+    spoiled = answering(loaded, sheet, lambda answer: (*answer[:-1], BYTES.encode("x")[0], EOS))
+    records = ask(spoiled, BYTES, sheet, loaded.run.eval)
+    assert {(record["correct"], record["marks"]["elements"]) for record in records} == {(False, 0.75)}
+    (cell,) = cells(records, dict(tasks(loaded.run)))
+    assert (cell["accuracy"], cell["marks"]) == (0.0, {"elements": 0.75})
+    plain = make()
+    assert all("marks" not in record for record in algorithmic(job(plain, samples=2)).records)

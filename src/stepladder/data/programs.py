@@ -1,0 +1,87 @@
+"""What the tasks of CompGen have in common: small programs, each with a declared complexity, on integers or strings.
+
+Every question is the program's input in a surface form of its own, ``op=sum; arr=3,-1,4=`` or ``arr=3,1,3; rle=``, so
+it says which program is meant; the answer follows the last "=". As a record of CompGen, input and output are the texts
+``x`` and ``y``: the name in front of the last "=", where there is one, belongs to ``y`` (``rle=1:1,3:2``).
+"""
+
+from __future__ import annotations
+
+import re
+from operator import eq
+from typing import ClassVar
+
+import numpy as np
+from pydantic import model_validator
+
+from stepladder.core.config import Field
+from stepladder.data.base import Dice, Task
+from stepladder.data.symbols import within
+
+_NAME = re.compile(r"; ([a-z]+)=$")
+
+
+class Program(Task):
+    """A task of CompGen. Size is the length of the input: what the declared complexity is in."""
+
+    complexity: ClassVar[str]
+
+    def sized(self, length: int) -> int:
+        """The size of this task for which other tasks read an array of ``length`` numbers."""
+        return length
+
+
+class ArrayProgram(Program):
+    """A program on an array of integers."""
+
+    axis: ClassVar[str] = "numbers"
+    alphabet: ClassVar[str] = "0123456789-,;= "
+
+    low: int = Field(-50, ge=-999_999, le=999_999, description="smallest number in the array")
+    high: int = Field(50, ge=-999_999, le=999_999, description="largest number in the array")
+
+    def numbers(self, dice: Dice, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays of uniform numbers: int64 [n, m], and which cells are filled, bool [n, m]; the others are 0."""
+        filled = within(size)
+        return np.where(filled, self.low + dice.below(self.high - self.low + 1, filled.shape[1]), 0), filled
+
+    def digits(self, times: int = 1) -> int:
+        """Characters of the longest number that is ``times`` a number of the array."""
+        return max(len(str(self.low * times)), len(str(self.high * times)))
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ArrayProgram:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        return self
+
+
+class ListProgram(ArrayProgram):
+    """A program on an array whose answer is a list, too."""
+
+    def marks(self, question: str, output: str) -> dict[str, float]:
+        """``elements``: the share of places at which the answer's and the output's elements are the same; places that
+        only one of the two has count as wrong."""
+        wanted, given = self.solve(question).split(","), output.split(",")
+        return {"elements": sum(map(eq, wanted, given)) / max(len(wanted), len(given))}
+
+
+def record(question: str, answer: str) -> tuple[str, str]:
+    """A question and its answer as the texts x and y of CompGen."""
+    name = _NAME.search(question)
+    if name:
+        return question[: name.start()], f"{name[1]}={answer}"
+    return question.removesuffix("="), answer
+
+
+def question_of(x: str, y: str) -> tuple[str, str]:
+    """The question and the answer behind x and y: undoes ``record``."""
+    name = re.match(r"[a-z]+=", y)
+    if name:
+        return f"{x}; {name[0]}", y[name.end() :]
+    return f"{x}=", y
+
+
+def array(text: str) -> list[int]:
+    """The numbers of ``arr=3,-1,4`` (for solvers)."""
+    return [int(number) for number in text.removeprefix("arr=").split(",")]

@@ -1,0 +1,335 @@
+"""Pairs from files: read by templates, held out, packed once a pass, asked by group and size."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepladder.core.config import validate
+from stepladder.core.errors import UserError
+from stepladder.core.keys import key
+from stepladder.data.compgen import generate
+from stepladder.data.pairs import Pairs, Templates, packed
+from stepladder.data.stream import DataConfig, Stream
+from stepladder.data.tokenizers import BOS, EOS, IGNORE, PAD, ByteTokenizer
+from stepladder.eval.exact import tasks as asked_of
+from stepladder.eval.suite import restricted
+from stepladder.run import Run
+
+BYTE = ByteTokenizer()
+PLAIN = Templates("{question}", "{answer}")
+CLRS = Templates("{question}", "{answer}", "{algo_name}", "{length}")
+SHARED = Path(__file__).parents[4] / "shared" / "data" / "reasoning"
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def sums(numbers: range, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"question": f"{n}+{n}=", "answer": f"{2 * n}\n\n", "algo_name": "double", "length": len(str(n))} | more
+        for n in numbers
+    ]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    train = sums(range(5, 200)) + sums(range(300, 350), algo_name="again")
+    held = sums(range(195, 230)) + sums(range(1000, 1010)) + sums(range(5), algo_name="new")
+    return lines(tmp_path / "train.jsonl", train), lines(tmp_path / "held.jsonl.gz", held)
+
+
+def source(path: str, *valid: str, **more: Any) -> dict[str, Any]:
+    own = {"group": "{algo_name}", "size": "{length}"}
+    return {"kind": "pairs", "path": path, **({"valid": list(valid)} if valid else {}), **own, **more}
+
+
+def config(*sources: dict[str, Any], **more: Any) -> DataConfig:
+    return validate(DataConfig, {"sources": list(sources), "sequence": 64, **more}, "test.yaml")
+
+
+def test_templates_say_what_is_what(tmp_path):
+    row = {"task": "gcd", "x": "a=4; b=2", "y": " gcd=2 \n", "meta": {"n": 1, "i": 7}, "none": None, "flag": True}
+    path = lines(tmp_path / "a.jsonl", [row])
+    pairs = Pairs(path, [path], Templates("task={task}\n{x}\n", "{y}", "{task}", "{meta[n]}"))
+    assert pairs.train == [("task=gcd\na=4; b=2\n", "gcd=2", "gcd", 1, f"'{path}', line 1")]
+    for template, says in (
+        ("{question}", "line 1: '{question}' asks for 'question', the line has task, x, y, meta, none, flag"),
+        ("{meta}", "neither a text nor a number"),
+        ("{none}", "None is neither"),
+        ("{flag}", "True is neither"),
+        ("{x.upper}", "neither a text nor a number"),
+        ("{meta[a]}", "asks for 'a'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            Pairs(path, [path], Templates(template, "{y}"))
+        assert says in str(caught.value)
+    with pytest.raises(UserError, match=r"line 1: the size 'gcd' is no whole number"):
+        Pairs(path, [path], Templates("{x}", "{y}", None, "{task}"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "no pair"),
+        ('{"question": "a", "answer": "b"}\n', "too few pairs to hold some out"),
+        ('{"question": "a", "answer": " \\n"}\n', "line 1: the answer is empty"),
+        ('{"question": "", "answer": "b"}\n', "line 1: the question is empty"),
+        ('\n{"question": "a", "answer"\n', "line 2: not JSON"),
+        ("[1]\n", "the line has no fields"),
+    ],
+)
+def test_a_flawed_file_is_refused_by_name_and_line(tmp_path, content, says):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"a\.jsonl") as caught:
+        Pairs(str(tmp_path / "a.jsonl"), [], PLAIN)
+    assert says in str(caught.value)
+
+
+def test_a_missing_file_and_another_ending_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.jsonl' cannot be read"):
+        Pairs(str(tmp_path / "nowhere.jsonl"), [], PLAIN)
+    with pytest.raises(UserError, match=r"must end in .jsonl"):
+        Pairs("a.txt", [], PLAIN)
+
+
+def test_without_a_file_of_their_own_some_questions_are_held_out_copies_and_all(tmp_path):
+    rows = sums(range(400))
+    spaced = [{**row, "question": row["question"].replace("+", " + ").upper() + " "} for row in rows]
+    pairs = Pairs(lines(tmp_path / "a.jsonl", rows + spaced + rows), [], CLRS)
+    (counts,) = pairs.overlap().values()
+    assert counts["questions"] == pytest.approx(2 * 400 / 16, abs=20)
+    assert (counts["exact"], counts["normalised"]) == (0, 0)
+    assert len(pairs.train) + 3 * counts["questions"] / 2 == pytest.approx(1200, abs=60)
+
+
+def test_overlap_is_measured_by_group(files):
+    assert Pairs(files[0], [files[1]], CLRS).overlap() == {
+        "double": {"questions": 45, "exact": 5, "normalised": 5},
+        "new": {"questions": 5, "exact": 0, "normalised": 0},
+    }
+
+
+def test_normalised_overlap_sees_case_and_space(tmp_path):
+    train = lines(tmp_path / "a.jsonl", [{"question": "What is  it?", "answer": "1"}])
+    held = lines(tmp_path / "b.jsonl", [{"question": "what is it?\n", "answer": "1"}])
+    assert Pairs(train, [held], PLAIN).overlap()[""] == {"questions": 1, "exact": 0, "normalised": 1}
+
+
+def test_sizes_up_to_the_longest_trained_on_are_iid_and_groups_not_trained_on_are_ood(files):
+    quizzes = Pairs(files[0], [files[1]], CLRS).quizzes
+    assert (quizzes["double"].iid, quizzes["double"].ood) == ((3,), (4,))
+    assert (quizzes["new"].iid, quizzes["new"].ood) == ((), (1,))
+    plain = Pairs(files[0], [files[1]], PLAIN).quizzes
+    assert list(plain) == [""]
+    assert (plain[""].iid, plain[""].ood) == ((0,), ())
+
+
+def test_questions_are_asked_once_and_may_not_contradict_each_other(tmp_path):
+    rows = sums(range(10))
+    path = lines(tmp_path / "a.jsonl", rows)
+    assert len(Pairs(path, [lines(tmp_path / "b.jsonl", rows + rows)], PLAIN).held) == 10
+    rows.append({**rows[3], "answer": "7"})
+    with pytest.raises(UserError, match=r"b.jsonl', line 11: the question of '.*b.jsonl', line 4 has another answer"):
+        Pairs(path, [lines(tmp_path / "b.jsonl", rows)], PLAIN)
+
+
+def test_items_are_all_pairs_or_a_choice_of_the_seed(files):
+    quiz = Pairs(files[0], [files[1]], CLRS).quizzes["double"]
+    examples, index = quiz.items(0, 100)
+    assert examples.size.tolist() == [3] * 35 + [4] * 10
+    assert index.tolist() == [*range(35), *range(10)]
+    assert sorted(examples.questions()) == sorted(pair.question for pair in quiz.pairs)
+    some = quiz.items(0, 7)[0]
+    assert some.questions() == quiz.items(0, 7)[0].questions() == examples.questions()[:7] + examples.questions()[35:42]
+    assert some.questions() != quiz.items(1, 7)[0].questions()
+    assert all(quiz.verify(q, a) and quiz.solve(q) == a for q, a in zip(some.questions(), some.answers(), strict=True))
+    assert not quiz.verify(some.questions()[0], some.answers()[0] + " ")
+    assert quiz.chance(4) == 1 / 10
+    assert quiz.chance(3) == 1 / (200 - 100 + 30)  # with the answers trained on
+    assert set(quiz.glance(0, 5).size.tolist()) == {3}
+    assert len(quiz.glance(0, 500)) == 35
+
+
+def test_the_result_behind_the_steps_has_a_mark_of_its_own(tmp_path):
+    rows = [{"question": f"{n}?", "answer": f"[{n}], [{n + 1}] | {n}\n\n"} for n in range(40)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    quiz = Pairs(path, [path], PLAIN._replace(final=" | ")).quizzes[""]
+    assert quiz.marks("3?", "[3], [4] | 3") == quiz.marks("3?", "[9] | 3") == quiz.marks("3?", "3") == {"final": 1.0}
+    assert quiz.marks("3?", "[3], [4] | 4") == quiz.marks("3?", "[3], [4]") == quiz.marks("3?", "") == {"final": 0.0}
+    assert quiz.verify("3?", "[3], [4] | 3")
+    assert not quiz.verify("3?", "[9] | 3")
+    assert Pairs(path, [path], PLAIN).quizzes[""].marks("3?", "3") == {}
+
+
+def test_texts_beyond_ascii_survive(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"question": f"naïve {n} ☃?", "answer": f"é{n} 😀"} for n in range(40)])
+    quiz = Pairs(path, [], PLAIN).quizzes[""]
+    examples, _ = quiz.items(0, 50)
+    assert all(q.startswith("naïve ") and a.endswith(" 😀") for q, a in zip(examples.questions(), examples.answers()))
+    assert [quiz.solve(q) for q in examples.questions()] == examples.answers()
+    for tokenizer in ("byte", "char", "alphabet", {"kind": "bpe", "vocab": 280}):
+        stream = Stream(config(source(path, group=None, size=None), tokenizer=tokenizer), 0, tmp_path / "cache")
+        texts = stream.tokenizer.encode_all(examples.questions())
+        assert [stream.tokenizer.decode(ids) for ids in texts] == examples.questions()
+
+
+@pytest.mark.parametrize("length", [17, 40, 64, 1000])
+def test_rows_hold_every_pair_once_and_answers_are_scored(files, length):
+    pairs = Pairs(files[0], [files[1]], CLRS).train
+    made = packed(pairs, BYTE, length, key(0))
+    tokens, targets, documents = made.rows(np.arange(made.windows))
+    seen = []
+    for row in range(made.windows):
+        used = tokens[row] != PAD
+        begins = np.flatnonzero(tokens[row] == BOS)
+        assert documents[row, begins].tolist() == list(range(len(begins)))
+        assert (documents[row, ~used] == len(begins)).all()
+        assert used[: used.sum()].all()
+        for document in range(len(begins)):
+            ids = tokens[row, documents[row] == document]
+            asked = targets[row, documents[row] == document]
+            assert (ids[0], ids[-1], asked[-1]) == (BOS, EOS, IGNORE)
+            text, answer = BYTE.decode(ids), BYTE.decode(asked[asked != IGNORE])
+            assert asked[asked != IGNORE][-1] == EOS
+            assert (ids[1:] == asked[:-1])[asked[:-1] != IGNORE].all()
+            seen.append((text.removesuffix(answer), answer))
+    assert Counter(seen) == Counter((pair.question, pair.answer) for pair in pairs)
+
+
+def test_a_row_ends_where_the_next_pair_does_not_fit(files):
+    pairs = Pairs(files[0], [files[1]], CLRS).train
+    made = packed(pairs, BYTE, 40, key(0))
+    sizes = np.diff(made.starts)
+    first = np.array([np.flatnonzero(made.tokens[a + 1 :] == BOS)[0] + 1 for a in made.starts[1:-2]])
+    assert (sizes <= 40).all()
+    assert (sizes[:-2] + first > 40).all()
+    assert (
+        made.starts.tolist() != packed(pairs, BYTE, 40, key(1)).starts.tolist()
+        or (made.tokens != packed(pairs, BYTE, 40, key(1)).tokens).any()
+    )
+
+
+def test_a_pair_longer_than_a_row_is_refused_by_its_line(tmp_path, files):
+    long = lines(tmp_path / "long.jsonl", [*sums(range(30)), {"question": "x" * 50, "answer": "y" * 20}])
+    with pytest.raises(
+        UserError, match=r"long.jsonl', line 31: 72 tokens .* rows of 64; set data.sequence to at least 72"
+    ):
+        Stream(config(source(long, files[1], group=None, size=None)), 0, tmp_path)
+
+
+class TestStream:
+    def test_a_pass_shows_every_row_once_and_passes_differ(self, files, tmp_path):
+        stream = Stream(config(source(*files)), 3, tmp_path)
+        count = stream._rows[0].packed.windows
+        passes = [
+            [row.tobytes() for row in stream.batch(number, np.arange(count), count).tokens] for number in range(3)
+        ]
+        assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+        assert passes[0] != passes[1] != passes[2]
+        again = Stream(config(source(*files)), 3, tmp_path).batch(1, np.arange(count)[::-1], count)
+        assert [row.tobytes() for row in again.tokens][::-1] == passes[1]
+        assert [
+            r.tobytes() for r in Stream(config(source(*files)), 4, tmp_path).batch(0, np.arange(count), count).tokens
+        ] != passes[0]
+
+    def test_nothing_held_out_is_trained_on(self, files, tmp_path):
+        held = {pair.question for pair in Pairs(files[0], [], CLRS).held}
+        stream = Stream(config(source(files[0])), 0, tmp_path)
+        text = "".join(BYTE.decode(row) for row in stream.batch(0, np.arange(64), 64).tokens)
+        assert held
+        assert not any(question in text for question in held if len(question) > 7)
+
+    def test_beside_a_task_and_a_text(self, files, tmp_path):
+        mixed = config(source(*files, weight=2), {"kind": "task", "task": "parity"}, {"kind": "text", "path": "pydoc"})
+        stream = Stream(mixed, 0, tmp_path)
+        batch = stream.batch(0, np.arange(200), 200)
+        assert np.bincount(batch.source, minlength=3) / 200 == pytest.approx([0.5, 0.25, 0.25], abs=0.1)
+        found = stream.overlap()
+        assert found["train/double"] == {"questions": 45, "exact": 5, "normalised": 5}
+        assert found["parity"]["exact"] == 0
+        assert stream.describe(0)["sizes"] == {"parity": [4, 16]}
+
+    def test_the_alphabet_is_that_of_the_pairs(self, files, tmp_path):
+        stream = Stream(config(source(*files), tokenizer="alphabet"), 0, tmp_path)
+        assert stream.tokenizer.vocab == 3 + len("0123456789+=")
+        assert not (tmp_path / "cache").exists()
+
+    def test_fingerprints_follow_content_and_templates_not_places(self, files, tmp_path):
+        def fingerprint(*given: str, **more: Any) -> str:
+            return Stream(config(source(*given, **more)), 0, tmp_path).fingerprint()
+
+        (tmp_path / "moved").mkdir()
+        moved = [str(tmp_path / "moved" / Path(file).name) for file in files]
+        for here, there in zip(files, moved, strict=True):
+            Path(there).write_bytes(Path(here).read_bytes())
+        before = fingerprint(*files)
+        assert fingerprint(*moved) == before
+        Path(moved[0]).write_text(Path(moved[0]).read_text().replace("10", "11", 1))
+        others = {fingerprint(*moved), fingerprint(files[0]), fingerprint(*files, answer="={answer}")}
+        assert len({before, *others}) == 4
+
+    @pytest.mark.parametrize(
+        ("more", "match"),
+        [
+            ({"question": "what?"}, "question = 'what\\?': must name a field of the lines in braces"),
+            ({"answer": "{}"}, "must name a field"),
+            ({"group": "{algo_name"}, "group = '{algo_name'"),
+            ({"valid": 3}, "valid"),
+            ({"sise": "{length}"}, "did you mean 'size'"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, more, match):
+        with pytest.raises(UserError, match=f"^test.yaml: .*{match}"):
+            config(source("a.jsonl", **more))
+
+    def test_one_held_out_file_may_be_given_as_a_text(self, files):
+        assert config(source(files[0], valid=files[1])) == config(source(*files))
+
+
+def test_exported_programs_are_pairs(tmp_path):
+    generate({"tasks": ["gcd", "majority"], "dataset_size": 300, "max_n": 40, "ood_n": 60}, tmp_path / "made")
+    made = [str(tmp_path / "made" / f"{name}.jsonl") for name in ("train", "test", "ood")]
+    templates = {"question": "task={task}\n{x}\n", "answer": "{y}", "group": "{task}", "size": "{meta[n]}"}
+    stream = Stream(config(source(made[0], *made[1:], **templates), sequence=512), 0, tmp_path)
+    for name, quiz in stream.config.sources[0].asked("made"):
+        low, high = {"made/gcd": (5, 6), "made/majority": (40, 41)}[name]
+        assert max(quiz.iid) <= low < high <= min(quiz.ood)
+    assert {name: (c["exact"], c["normalised"]) for name, c in stream.overlap().items()} == {
+        "train/gcd": (0, 0),
+        "train/majority": (0, 0),
+    }
+
+
+def test_published_texts_are_pairs():
+    names = ("clrs_text_train", "clrs_text_valid", "clrs_text_eval_lengths")
+    train, *valid = (SHARED / f"{name}.jsonl.gz" for name in names)
+    if not train.is_file():
+        pytest.skip(f"needs {train.name} in shared/data/reasoning beside the checkout")
+    pairs = Pairs(str(train), [str(file) for file in valid], Templates("{question}", "{answer}", "{algo}", "{length}"))
+    assert (len(pairs.train), len(pairs.held), len(pairs.quizzes)) == (6000, 1200, 30)
+    assert all(counts["exact"] == counts["normalised"] == 0 for counts in pairs.overlap().values())
+    assert (min(pairs.quizzes["bfs"].ood), max(pairs.quizzes["bfs"].iid)) == (32, 31)
+    made = packed(pairs.train, BYTE, 8192, key(0))
+    assert len(made.tokens) == sum(len(p.question) + len(p.answer) + 2 for p in pairs.train)
+    assert len(made.tokens) > 0.8 * made.windows * 8192
+
+
+def test_eval_tasks_restrict_pairs_too(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(f'{{"question": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(20) for b in range(20)))
+    sources = [{"kind": "task", "task": "copy"}, {"kind": "pairs", "path": str(path)}]
+    run = Run.of({"model": {"kind": "transformer"}, "data": {"sources": sources}, "train": {"steps": 1}})
+    names = {only: [name for name, _ in asked_of(restricted(run, only))] for only in ((), ("copy",), ("sums",))}
+    assert names == {(): ["copy", "sums"], ("copy",): ["copy"], ("sums",): ["sums"]}
+    with pytest.raises(UserError, match="did you mean 'sums'"):
+        restricted(run, ("sum",))
