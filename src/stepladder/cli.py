@@ -145,6 +145,24 @@ def sample(
 
 
 @app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    text: Annotated[str, typer.Option(help="text to run through the model")],
+    ticks: Ticks = None,
+    seed: Annotated[int, typer.Option(help="key of stochastic parts")] = 0,
+    out: Annotated[Path | None, typer.Option(help="directory for the files; default: RUN/trace")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Show what a trained run does on a text, token by token and tick by tick: arrays and a page of figures."""
+    loaded = _load(run, plugin)
+    from stepladder.eval.trace import record
+    from stepladder.report.trace import write
+
+    home = record(loaded, text, out or run / "trace", ticks=ticks, key=seed)
+    _say(f"page: {write(home)}")
+
+
+@app.command()
 def climb(
     ladder: Annotated[Path, typer.Argument(help="ladder file")],
     overrides: LadderOverrides = None,

@@ -66,7 +66,7 @@ def test_help_comes_at_once_and_without_torch(stepladder):
         done = stepladder("--help")
         times.append(time.monotonic() - began)
     assert done.returncode == 0
-    for command in ("train", "eval", "sample", "climb", "report", "check", "list", "show"):
+    for command in ("train", "eval", "sample", "climb", "report", "check", "list", "show", "trace"):
         assert command in done.stdout
     assert min(times) < 2.0  # 0.4 s on an idle machine; the bound allows for a busy one
 
@@ -93,6 +93,7 @@ MISTAKES = [
     (["train", "--plugin", "absent.py"], "absent.py"),
     (["eval", "runs/absent"], "runs/absent"),
     (["sample", "runs/absent", "x"], "runs/absent"),
+    (["trace", "runs/absent", "--text", "x"], "runs/absent"),
     (["climb", "absent.yaml"], "absent.yaml"),
     (["report", "runs/absent"], "runs/absent"),
     (["check", "transfomer"], "did you mean 'transformer'"),

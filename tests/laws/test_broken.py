@@ -5,6 +5,7 @@ import re
 
 import broken
 import broken_models
+import broken_vectur
 import miniature
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ def test_a_broken_architecture_gets_a_finding_for_every_law(cls):
     assert not all(each.passed for each in found)
 
 
-def test_only_the_ill_conditioned_miniature_amplifies_rounding():
+def test_only_the_ill_conditioned_miniatures_amplify_rounding():
     assert probe(miniature.Chaotic) > 1e3
+    assert probe(broken_vectur.SumsAndLongSteps) > 1e3
     assert probe(miniature.Healthy) < 100
 
 

@@ -171,7 +171,7 @@ def _decode(
             key=noise if uncached else None,
             ticks=ticks,
             logits_at="last",
-            trace=True,
+            trace="ticks",
         )
         assert out.logits is not None
         lucky = None if dice is None else torch.from_numpy(dice[live, step]).to(device)

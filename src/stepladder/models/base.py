@@ -10,12 +10,14 @@ One call: prefill, decoding (a chunk of one token), streaming and truncated back
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from stepladder.core.errors import UserError
 
 IGNORE = -100
 """Target id of a position that is not scored."""
@@ -76,10 +78,16 @@ class Cost:
 
 @dataclass
 class Sink:
-    """Where parts leave named terms during one forward. Closed afterwards, so recomputation leaves nothing."""
+    """Where parts leave named terms during one forward. Closed afterwards, so recomputation leaves nothing.
+
+    trace: None if nobody asked for one; ``full`` is False where the ticks are all that is wanted. taps: names of the
+    values that were offered for editing, collected only if the caller edits any.
+    """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     trace: dict[str, Tensor] | None = None
+    full: bool = True
+    taps: set[str] = field(default_factory=set)
     open: bool = True
 
 
@@ -94,6 +102,7 @@ class Context:
     ticks: the tick budget asked for at the call, or None for the architecture's own.
     key_B: one random key a row; tick: which application of a shared core this is (keys noise, nothing else).
     recompute: whether blocks drop their activations and recompute them in the backward pass.
+    edits: interventions by the name of the tap they are for (see ``edited``), or None.
     """
 
     tokens_BT: Tensor
@@ -104,6 +113,7 @@ class Context:
     tick: int
     recompute: bool
     sink: Sink
+    edits: Mapping[str, Edit] | None = None
 
     def at_tick(self, tick: int) -> Context:
         """This context as the ``tick``-th application of a shared core sees it."""
@@ -117,8 +127,39 @@ class Context:
 
     def note(self, name: str, value: Tensor) -> None:
         """Leave a diagnostic (detached, batch first), if somebody asked for a trace."""
-        if self.sink.open and self.sink.trace is not None:
+        if self.sink.open and self.sink.trace is not None and (self.sink.full or name == "ticks"):
             self.sink.trace[name] = value.detach()
+
+    def note_ticks(self, ticks_BT: Tensor) -> None:
+        """Tell the ticks that a part executed for every token. Of several parts, "ticks" is the most."""
+        known = (self.sink.trace or {}).get("ticks", ticks_BT)
+        self.note("ticks", torch.maximum(known, ticks_BT))
+
+    @property
+    def tracing(self) -> bool:
+        """Whether diagnostics would be kept: those that cost something are made only then."""
+        return self.sink.open and self.sink.full and self.sink.trace is not None
+
+    def edited(self, name: str, value: Tensor) -> Tensor:
+        """A tap: ``value``, or what the caller's edit of that name makes of it.
+
+        A part that repeats gives its taps its own name, as in ``vectur0.angle``. An edit gets the value and this
+        context (positions, tokens and tick tell it where it is) and returns a tensor of the same shape; gradients
+        pass through it. It must be a function: with ``recompute`` it is called twice.
+        """
+        if self.edits is None:
+            return value
+        self.sink.taps.add(name)
+        if name not in self.edits:
+            return value
+        new = self.edits[name](value, self)
+        if new.shape != value.shape:
+            raise UserError(f"the edit of '{name}' returns shape {tuple(new.shape)}, not {tuple(value.shape)}")
+        return new.to(value.dtype)
+
+
+Edit = Callable[[Tensor, Context], Tensor]
+"""An intervention: a tapped value, and where in the call it was computed, to the value to go on with."""
 
 
 class Part(nn.Module):

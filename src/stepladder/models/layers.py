@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ def linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
     return layer
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, products are made in the type of what is multiplied, whatever the call's compute type."""
+    # "meta", where shapes are worked out, knows no autocast; asking torch which devices do breaks compiled graphs.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def residual_gain(depth: int) -> float:

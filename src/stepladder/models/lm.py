@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
-from stepladder.models.base import Context, Cost, Output, Part, Sink, State
+from stepladder.core.registry import did_you_mean
+from stepladder.models.base import Context, Cost, Edit, Output, Part, Sink, State
 from stepladder.models.heads.softmax import SoftmaxHead
 from stepladder.models.layers import Embedding, norm
-from stepladder.models.noise import Dropout, row_keys
+from stepladder.models.noise import row_keys
 from stepladder.models.stack import Stack
 
 
@@ -56,8 +60,7 @@ class LanguageModel(nn.Module):
         self.coda = Stack([]) if coda is None else coda
         self.norm = norm(width)
         self.head = SoftmaxHead(width, vocab, self.embed.tokens if tied else None)
-        for site, part in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
-            part.site = site
+        _number(self)
 
     def forward(
         self,
@@ -69,8 +72,9 @@ class LanguageModel(nn.Module):
         ticks: int | None = None,
         key: int | Tensor | None = None,
         logits_at: str | Tensor | None = None,
-        trace: bool = False,
+        trace: bool | Literal["ticks"] = False,
         recompute: bool = False,
+        edits: Mapping[str, Edit] | None = None,
     ) -> Output:
         """Run a chunk of tokens, from the start of a sequence (state None) or from where ``state`` left off.
 
@@ -78,7 +82,8 @@ class LanguageModel(nn.Module):
         documents: (B, T) ids >= 0; a change of id starts a new document, nothing is seen across it. None = the
         document goes on. ticks: tick budget. key: seed of stochastic parts, an integer or one per row (B,); only
         at the start of a sequence, later calls carry it in the state. logits_at: None = all positions, "last", or
-        a boolean mask (B, T). trace: collect diagnostics. recompute: trade compute for activation memory.
+        a boolean mask (B, T). trace: collect diagnostics, or "ticks" alone. recompute: trade compute for activation
+        memory. edits: interventions, functions by the name of the tap whose value they replace (see Context.edited).
         """
         if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
             raise UserError(f"tokens have shape {tuple(tokens_BT.shape)}; give (batch, length >= 1) integer ids")
@@ -90,14 +95,18 @@ class LanguageModel(nn.Module):
                 raise UserError("the random key is part of the state; give key only at the start of a sequence")
             packed = True
         positions_BT, document_B = _positions(tokens_BT, state, documents)
-        sink = Sink(trace={} if trace else None)
-        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink)
+        sink = Sink(trace={} if trace else None, full=trace != "ticks")
+        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits)
 
         x_BTD = self.embed(ctx)
         x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)
         x_BTD, core = self.core(x_BTD, state.core, ctx)
         x_BTD, coda = self.coda(x_BTD, state.coda, ctx)
         h_BTD = self.norm(x_BTD)
+        for name in edits or ():
+            if name not in sink.taps:
+                known = ", ".join(sorted(sink.taps)) or "none"
+                raise UserError(f"edits: nothing is called '{name}'{did_you_mean(name, sink.taps)}; taps: {known}")
 
         nll_BT = None if targets is None else self.head.nll(h_BTD, targets)
         logits = None if targets is not None else self.head.logits(_at(h_BTD, logits_at))
@@ -137,6 +146,16 @@ class LanguageModel(nn.Module):
         counters = Cost(state_bytes=3 * torch.int64.itemsize)
         parts = (part.cost(context, ticks) for part in (self.prelude, self.core, self.coda))
         return sum(parts, outer + counters)
+
+
+def _number(model: nn.Module) -> None:
+    """Count the parts that have a class attribute ``site``, each kind from 0: it names their taps, keys their noise."""
+    count: Counter[type] = Counter()
+    for part in model.modules():
+        kind = next((each for each in reversed(type(part).__mro__) if "site" in vars(each)), None)
+        if kind is not None:
+            part.site = count[kind]  # type: ignore[assignment]
+            count[kind] += 1
 
 
 def _positions(tokens_BT: Tensor, state: ModelState, documents: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,10 @@ def row_keys(key: int | Tensor, batch: int, device: torch.device) -> Tensor:
 
 
 def uniform(ctx: Context, site: int, lanes: int) -> Tensor:
-    """Uniform numbers in [0, 1), shape (B, T, lanes), 24 bits each. ``site`` tells one stochastic part from another."""
+    """Uniform numbers in [0, 1), shape (B, T, lanes), 24 bits each. ``site`` tells one stochastic part from another.
+
+    Dropout counts its sites from 0 up; a part of another kind that draws takes negative numbers, which never meet them.
+    """
     key = ctx.key_B[:, None]
     low, high = key & _MASK, (key >> 32) & _MASK
     place = _mix(_mix(_mix(low ^ (ctx.positions_BT & _MASK)) ^ high) ^ (site * 0x9E3779B1 + ctx.tick & _MASK))
@@ -48,10 +51,11 @@ def uniform(ctx: Context, site: int, lanes: int) -> Tensor:
 class Dropout(nn.Module):
     """Inverted dropout whose mask comes from the context's key. ``site`` is set by the model that holds it."""
 
+    site = 0
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.site = 0
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         if not self.training or self.rate == 0.0:

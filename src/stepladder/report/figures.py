@@ -25,20 +25,20 @@ from stepladder.report.evidence import Evidence, RunFiles
 from stepladder.report.tables import one_line
 from stepladder.report.words import MINUS, quantity
 
-_WIDTH = 4.6  # inches: 331 points, which a phone shows at their size
+WIDTH = 4.6  # inches: 331 points, which a phone shows at their size
 # Stand-ins that matplotlib draws with and the page replaces by its own variables.
-_INK, _MUTED, _LINE, _PAPER = "#101112", "#717273", "#d1d2d3", "#fefdfc"
-_VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _LINE: "var(--line)", _PAPER: "var(--paper)"}
+INK, MUTED, LINE, PAPER = "#101112", "#717273", "#d1d2d3", "#fefdfc"
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
 # Okabe & Ito's colours (2008) without yellow, which paper swallows; the control is ink.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
 _MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))
 _POINTS = 200  # of a learning curve
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "stepladder", "text.parse_math": False, "axes.unicode_minus": True,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5, "axes.titlesize": 9.5,
-    "text.color": _INK, "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 8.5, "axes.edgecolor": _LINE,
+    "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 8.5, "axes.edgecolor": LINE,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "axes.linewidth": 0.8,
     "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "lines.linewidth": 1.6,
@@ -57,7 +57,7 @@ class Style(NamedTuple):
     @property
     def css(self) -> str:
         """The colour as the page knows it."""
-        return _VARIABLES.get(self.colour, self.colour)
+        return VARIABLES.get(self.colour, self.colour)
 
 
 def styles(rungs: Sequence[str]) -> dict[str, Style]:
@@ -65,15 +65,15 @@ def styles(rungs: Sequence[str]) -> dict[str, Style]:
     found = {}
     for number, rung in enumerate(rungs):
         marker, glyph = _MARKERS[(number - 1) % len(_MARKERS)]
-        line = ("-", ":", "-.")[((number - 1) // len(_COLOURS)) % 3]
-        found[rung] = Style(_COLOURS[(number - 1) % len(_COLOURS)], marker, glyph, line)
-    return found | {rungs[0]: Style(_INK, "o", "○", "--")}
+        line = ("-", ":", "-.")[((number - 1) // len(COLOURS)) % 3]
+        found[rung] = Style(COLOURS[(number - 1) % len(COLOURS)], marker, glyph, line)
+    return found | {rungs[0]: Style(INK, "o", "○", "--")}
 
 
 def learning_curves(evidence: Evidence, look: dict[str, Style], name: str) -> str:
     """Training loss over tokens: the mean over seeds in a band from the lowest to the highest; failed runs thin."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _WIDTH, 3.2))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, 3.2))
         axes = figure.subplots()
         top, bottom = -np.inf, np.inf
         for rung in evidence.rungs:
@@ -93,7 +93,7 @@ def learning_curves(evidence: Evidence, look: dict[str, Style], name: str) -> st
         axes.set_ylabel("loss, nats per token")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value).replace(" ", "")))
         _grid(axes, "y")
-        return _svg(figure, name, "Training loss of every rung over tokens")
+        return svg(figure, name, "Training loss of every rung over tokens")
 
 
 def _band(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -114,8 +114,8 @@ def _band(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 def accuracy_by_size(evidence: Evidence, task: str, look: dict[str, Style], name: str) -> str:
     """Accuracy over problem size for one task, the training range shaded, chance dotted."""
     cells = sorted((cell for cell in evidence.cells if cell.task == task), key=lambda cell: cell.size)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.9))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.9))
         axes = figure.subplots()
         sizes = [cell.size for cell in cells]
         if min(sizes) > 0 and max(sizes) >= 8 * min(sizes):
@@ -123,11 +123,11 @@ def accuracy_by_size(evidence: Evidence, task: str, look: dict[str, Style], name
         shown = [cell.size for cell in cells if cell.regime == "iid"]
         if shown:
             low, high = evidence.trained.get(task, (min(shown), max(shown)))
-            axes.axvspan(low, high, color=_MUTED, alpha=0.13, linewidth=0)
-            axes.text(low, 1.03, " trained", color=_MUTED, fontsize=7.5, va="bottom")
+            axes.axvspan(low, high, color=MUTED, alpha=0.13, linewidth=0)
+            axes.text(low, 1.03, " trained", color=MUTED, fontsize=7.5, va="bottom")
         complete = [run for run in evidence.runs.values() if run.complete]
         chance = [next((run.chance[cell] for run in complete if cell in run.chance), np.nan) for cell in cells]
-        axes.plot(sizes, chance, color=_MUTED, linewidth=1, linestyle=":")
+        axes.plot(sizes, chance, color=MUTED, linewidth=1, linestyle=":")
         for rung in reversed(evidence.rungs):
             outcomes = _accuracies(evidence, rung, cells)
             if not outcomes.size:
@@ -136,7 +136,7 @@ def accuracy_by_size(evidence: Evidence, task: str, look: dict[str, Style], name
             axes.fill_between(
                 sizes, outcomes.min(axis=0), outcomes.max(axis=0), color=style.colour, alpha=0.13, linewidth=0
             )
-            face, edge = (_PAPER, style.colour) if rung == evidence.control else (style.colour, _PAPER)
+            face, edge = (PAPER, style.colour) if rung == evidence.control else (style.colour, PAPER)
             axes.plot(
                 sizes, outcomes.mean(axis=0), color=style.colour, linestyle=style.line, marker=style.marker,
                 markerfacecolor=face, markeredgecolor=edge, markeredgewidth=0.8,
@@ -148,7 +148,7 @@ def accuracy_by_size(evidence: Evidence, task: str, look: dict[str, Style], name
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.set_xlabel("size")
         _grid(axes, "y")
-        return _svg(figure, name, f"Accuracy over size: {task}")
+        return svg(figure, name, f"Accuracy over size: {task}")
 
 
 def _accuracies(evidence: Evidence, rung: str, cells: Sequence[Any]) -> np.ndarray:
@@ -189,10 +189,10 @@ def _heat(
     table: np.ndarray, rows: list[str], columns: list[str], label: str, name: str, title: str, divide: int = 0
 ) -> str:
     colours = LinearSegmentedColormap.from_list("accuracy", ("#edf1f4", "#8fb3cf", "#0f4c7a"))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(_WIDTH, 1.4 + 0.5 * len(columns)), 0.75 + 0.3 * len(rows)))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(WIDTH, 1.4 + 0.5 * len(columns)), 0.75 + 0.3 * len(rows)))
         axes = figure.subplots()
-        axes.pcolormesh(np.ma.masked_invalid(table), cmap=colours, vmin=0, vmax=1, edgecolors=_PAPER, linewidth=1.5)
+        axes.pcolormesh(np.ma.masked_invalid(table), cmap=colours, vmin=0, vmax=1, edgecolors=PAPER, linewidth=1.5)
         for (row, column), value in np.ndenumerate(table):
             if np.isfinite(value):
                 ink = "#ffffff" if value > 0.6 else "#1d2733"
@@ -200,13 +200,13 @@ def _heat(
                     column + 0.5, row + 0.5, f"{100 * value:.0f}", color=ink, ha="center", va="center", fontsize=8
                 )
         if 0 < divide < len(columns):
-            axes.axvline(divide, color=_INK, linewidth=1.2)
+            axes.axvline(divide, color=INK, linewidth=1.2)
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-        axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(row) for row in rows], color=_INK)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(row) for row in rows], color=INK)
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
         axes.set_xlabel(label)
-        return _svg(figure, name, title)
+        return svg(figure, name, title)
 
 
 def head_gradients(evidence: Evidence, look: dict[str, Style], name: str) -> str:
@@ -290,15 +290,15 @@ def forest(verdict: dict[str, Any], metric: str, look: dict[str, Style], name: s
     rows = [(rung, c) for rung, c in rows if c["difference"] is not None]
     unit, margin = rows[0][1]["unit"], rows[0][1]["margin"]
     scale = 100 if unit == "accuracy" else 1
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.8 + 0.32 * len(rows)))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.32 * len(rows)))
         axes = figure.subplots()
-        axes.axvspan(-margin * scale, margin * scale, color=_MUTED, alpha=0.13, linewidth=0)
-        axes.axvline(0, color=_MUTED, linewidth=0.8)
+        axes.axvspan(-margin * scale, margin * scale, color=MUTED, alpha=0.13, linewidth=0)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
         limit = _limit([max(abs(c["low"] or 0), abs(c["high"] or 0), abs(c["difference"])) for _, c in rows], margin)
         for row, (rung, c) in enumerate(rows):
             _whisker(axes, row, c, look[rung], scale, limit)
-        axes.set_yticks(range(len(rows)), [_short(rung) for rung, _ in rows], color=_INK)
+        axes.set_yticks(range(len(rows)), [_short(rung) for rung, _ in rows], color=INK)
         axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(-limit * scale, limit * scale))
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -307,7 +307,7 @@ def forest(verdict: dict[str, Any], metric: str, look: dict[str, Style], name: s
         )
         axes.set_xlabel("points (more is better)" if unit == "accuracy" else "bits per byte (less is better)")
         _grid(axes, "x")
-        return _svg(figure, name, f"Differences from the control: {rows[0][1]['label']}")
+        return svg(figure, name, f"Differences from the control: {rows[0][1]['label']}")
 
 
 def _limit(reach: list[float], margin: float) -> float:
@@ -323,14 +323,14 @@ def _whisker(axes: Axes, row: int, c: dict[str, Any], style: Style, scale: float
         side = np.sign(c["difference"])
         text = f"{c['difference'] * scale:+.3g}".replace("-", MINUS)
         axes.text(
-            side * limit * scale, row - 0.3, f"{text} →" if side > 0 else f"← {text}", color=_MUTED, fontsize=7.5,
+            side * limit * scale, row - 0.3, f"{text} →" if side > 0 else f"← {text}", color=MUTED, fontsize=7.5,
             ha="right" if side > 0 else "left", va="center",
         )  # fmt: skip
         return
     judged = c["word"] not in ("not judged", "not matched", "no claim")
     axes.plot(
         c["difference"] * scale, row, marker=style.marker, markersize=6, color=style.colour,
-        markerfacecolor=style.colour if judged else _PAPER, markeredgecolor=style.colour,
+        markerfacecolor=style.colour if judged else PAPER, markeredgecolor=style.colour,
     )  # fmt: skip
 
 
@@ -340,11 +340,11 @@ def _short(text: str, most: int = 18) -> str:
 
 
 def _grid(axes: Axes, axis: Any) -> None:
-    axes.grid(axis=axis, color=_LINE, linewidth=0.6)
+    axes.grid(axis=axis, color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def svg(figure: Figure, name: str, title: str) -> str:
     """The figure as one element, prefixed, titled, in the colours of the page, without date or prologue."""
     out = io.StringIO()
     with warnings.catch_warnings():
@@ -356,7 +356,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(xlink:href|href)="#', rf'\1="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-")
-    for stand_in, variable in _VARIABLES.items():
+    for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)
     width = figure.get_figwidth() * 72
     opening = (

@@ -8,6 +8,7 @@ import torch
 
 from stepladder.core.config import validate
 from stepladder.data.tokenizers import TOKENIZERS
+from stepladder.models.zoo import ARCHITECTURES
 from stepladder.run import Loaded, Run
 
 TASKS = [
@@ -29,7 +30,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
             "eval": {"samples": 20, "lengths": [256], **parts.pop("eval", {})},
             **parts,
         }
-        tiny = {"width": 16, "depth": 1} | ({} if model == "identity" else {"heads": 2})
+        tiny = {"width": 16, "depth": 1} | ({"heads": 2} if "heads" in ARCHITECTURES.get(model).model_fields else {})
         run = validate(Run, {**tree, "model": {**tiny, **tree["model"]}}, "test")
         tokenizer = TOKENIZERS.get("byte")().build("", iter(()))
         with torch.random.fork_rng(devices=[]):

@@ -97,11 +97,11 @@ def extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | F
             "call init_state with a larger capacity"
         )
     # Out of place on purpose: the state that was passed in stays good for a second, different continuation.
-    index = (past[:, None] + torch.arange(tokens, device=k.device))[:, :, None, None].expand_as(k)
+    index = (past[:, None] + torch.arange(tokens, device=k.device))[:, :, None, None]
     return past, replace(
         state,
-        k_BSGK=state.k_BSGK.scatter(1, index, k.to(state.k_BSGK.dtype)),
-        v_BSGK=state.v_BSGK.scatter(1, index, v.to(state.v_BSGK.dtype)),
+        k_BSGK=state.k_BSGK.scatter(1, index.expand_as(k), k.to(state.k_BSGK.dtype)),
+        v_BSGK=state.v_BSGK.scatter(1, index.expand_as(v), v.to(state.v_BSGK.dtype)),
         length_B=past + tokens,
     )
 

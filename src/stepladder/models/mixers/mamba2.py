@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
 from stepladder.models.base import Context, Cost, Part, State
-from stepladder.models.layers import linear, norm
+from stepladder.models.layers import linear, no_autocast, norm
 
 SPAN = 64
 """Chunks that are scanned at once. Their states meet in a SPAN x SPAN matrix, so this keeps the cost linear in T."""
@@ -102,7 +101,7 @@ class Mamba2(Part):
 
         u_BTHP = (step_BTH[..., None] * x_BTHP).to(x_BTHP.dtype)
         inputs = (u_BTHP, log_decay_BTH, b_BTGN, c_BTGN, reset_BT, before_BHPN)
-        with _no_autocast(x_BTD.device):  # states are summed in float32 whatever the other products are made in
+        with no_autocast(x_BTD.device):  # states are summed in float32 whatever the other products are made in
             y_BTHP, after_BHPN = naive(*inputs) if self.scan == "naive" else chunked(*inputs, self.chunk)
         y_BTE = (y_BTHP + self.D[:, None] * x_BTHP).flatten(2) * F.silu(gate)
         return self.out(self.norm(y_BTE.to(self.norm.weight.dtype))), Carried(inputs_BKU, after_BHPN)
@@ -145,11 +144,6 @@ class Mamba2(Part):
                 scan += count * (2 * size * size * pairs + 4 * size * held) + 2 * (count + 1) ** 2 * held
         carried = (len(self.conv) - 1) * self.channels * self.itemsize() + held * max(4, self.itemsize())
         return Cost(self.own_params(), 2 * matrices + scan / context, carried)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    # "meta", where shapes are worked out, knows no autocast; asking torch which devices do breaks compiled graphs.
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def naive(
