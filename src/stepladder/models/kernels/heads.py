@@ -1,7 +1,6 @@
-"""What machines with an external memory share in their hand-written loops: the controller, and heads that compare.
+"""What machines with an external memory share in their hand-written loops: heads that compare, and softplus.
 
-Every class holds the arrays that its token needs, allocated once. Its ``forward`` or ``back`` is called token after token.
-Suffixes as in mixers.ntm; F is what the controller sees of its own past, C the tokens of a chunk.
+Suffixes as in mixers.ntm; C the tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -11,55 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepladder.models.kernels.lstm import slopes
 from stepladder.models.mixers.addressing import EPS
 
 softmax_slope = torch.ops.aten._softmax_backward_data.out
 """(gradient of y, y, axis, dtype, grad_input): the gradient of x where y = softmax x. All arrays contiguous."""
 
 
-class Controller:
-    """An LSTM cell, as in kernels.lstm, over what it hears from outside and sees of its own past."""
-
-    def __init__(self, weight_GF: Tensor, c_BH: Tensor) -> None:
-        batch, self.inner = c_BH.shape
-        self.weight_GF, self.weight_FG = weight_GF, weight_GF.t().contiguous()  # the transposed view is slow on a CPU
-        self.gates_BG = c_BH.new_empty(batch, 4 * self.inner)
-        self.h_BH, self.tanh_BH = torch.empty_like(c_BH), torch.empty_like(c_BH)
-        self.sigmoids = self.gates_BG[:, : 3 * self.inner]
-        self.i, self.f, self.o, self.g = self.gates_BG.split(self.inner, dim=1)
-
-    def forward(self, x_BG: Tensor, seen_BF: Tensor, c_BH: Tensor, into_BH: Tensor) -> None:
-        """Fills gates_BG and h_BH, and ``into`` with the next c."""
-        torch.addmm(x_BG, seen_BF, self.weight_FG, out=self.gates_BG)
-        self.sigmoids.sigmoid_()
-        self.g.tanh_()
-        torch.mul(self.f, c_BH, out=into_BH).addcmul_(self.i, self.g)
-        torch.mul(self.o, torch.tanh(into_BH, out=self.tanh_BH), out=self.h_BH)
-
-    def ready(self, gates_CBG: Tensor, found_CBH: Tensor, c_CBH: Tensor, into_CBG: Tensor) -> list[Tensor]:
-        """What ``back`` is given, for a chunk. ``into``: where the gradients of the gates go. found: c one token earlier."""
-        slopes_CBG, slope_CBH = slopes(gates_CBG, found_CBH, c_CBH)
-        fours, o = (4, self.inner), slice(2 * self.inner, 3 * self.inner)
-        forget = gates_CBG[..., self.inner : 2 * self.inner]
-        return [slope_CBH, slopes_CBG.unflatten(2, fours), slopes_CBG[..., o], forget] + [
-            into_CBG,
-            into_CBG.unflatten(2, fours),
-            into_CBG[..., o],
-        ]
-
-    def back(self, dh_BH: Tensor, dc_BH: Tensor, dc_B1H: Tensor, ready: Sequence[Tensor], later_BF: Tensor) -> None:
-        """From dh and dc to the gates' gradients, dc one token earlier, and ``later``: that of what was seen."""
-        slope, to_c, to_o, forget, dx_BG, all_four, do = ready
-        dc_BH.addcmul_(dh_BH, slope)
-        torch.mul(to_c, dc_B1H, out=all_four)
-        torch.mul(to_o, dh_BH, out=do)
-        dc_BH.mul_(forget)
-        torch.mm(dx_BG, self.weight_GF, out=later_BF)
-
-
 class Compare:
-    """softmax over slots of strength x cosine(key, slot), for Q heads: mixers.addressing.content."""
+    """softmax over slots of strength x cosine(key, slot), for Q heads: mixers.addressing.content.
+
+    It holds the arrays that a token needs; ``forward`` or ``back`` is called token after token.
+    """
 
     def __init__(self, memory_BNM: Tensor, heads: int) -> None:
         batch, slots, _ = memory_BNM.shape
@@ -93,10 +54,25 @@ class Compare:
         cosine = (key_CBQM @ memory_CBNM.transpose(2, 3)).mul_(inverse)
         scale, key_scale = inverse.mul_(strong), strong * short_CBQ.square_()[..., None]
         w_CBQN = (cosine * strong).softmax(-1)
-        return [w_CBQN, cosine, scale, key_scale, short_CBN.square_()[:, :, None], key_CBQM, strong.transpose(2, 3), memory_CBNM]
+        return [
+            w_CBQN,
+            cosine,
+            scale,
+            key_scale,
+            short_CBN.square_()[:, :, None],
+            key_CBQM,
+            strong.transpose(2, 3),
+            memory_CBNM,
+        ]
 
     def back(
-        self, dw_BQN: Tensor, ready: Sequence[Tensor], dstrength_BQ: Tensor, dstrength_BQ1: Tensor, dkey_BQM: Tensor, dmemory_BNM: Tensor
+        self,
+        dw_BQN: Tensor,
+        ready: Sequence[Tensor],
+        dstrength_BQ: Tensor,
+        dstrength_BQ1: Tensor,
+        dkey_BQM: Tensor,
+        dmemory_BNM: Tensor,
     ) -> None:
         """Fills dstrength (of which the fourth argument is a view) and dkey, adds to dmemory. dw must be contiguous."""
         w, cosine, scale, key_scale, shorter, key, strength_B1Q, memory = ready
@@ -109,3 +85,13 @@ class Compare:
         dmemory_BNM.baddbmm_(self.dsimilar_BNQ, key)
         torch.bmm(strength_B1Q, product, out=self.v_B1N).mul_(shorter)
         dmemory_BNM.addcmul_(memory, self.v_BN1, value=-1)
+
+
+def softplus_(x: Tensor) -> Tensor:
+    """softplus in place."""
+    return torch.ops.aten.softplus.out(x, out=x)
+
+
+def softplus_slope(y: Tensor) -> Tensor:
+    """The slope of softplus where its value is y; as in torch, it is linear beyond 20."""
+    return torch.where(y > 20, 1.0, -torch.expm1(-y))

@@ -9,107 +9,130 @@ Suffixes as in mixers.lstm; time comes first here, so that a token is one block 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from stepladder.models.kernels.loop import Loop, before, blocks, some_rows, stepwise
 
 
-def lstm(x_TBG: Tensor, weight_GH: Tensor, reset_TB: Tensor, h_BH: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:
-    """All outputs h (T, B, H) and the last cell (B, H).
+class Given(NamedTuple):
+    """x_TBG: W x + b, in the order i, f, o, g. weight_GH: U. reset_TB: where h and c before the token count as 0."""
 
-    x_TBG: W x + b, in the order i, f, o, g. weight_GH: U. reset_TB: where h and c before the token count as 0. All of
-    one type, float32 or wider.
-    """
-    y_TBH, c_BH, *_ = _LOOP(x_TBG, weight_GH, reset_TB, h_BH, c_BH)
+    x_TBG: Tensor
+    weight_GH: Tensor
+    reset_TB: Tensor
+    h_BH: Tensor
+    c_BH: Tensor
+
+
+class Made(NamedTuple):
+    """All outputs h, the last cell; kept: gates and cells."""
+
+    y_TBH: Tensor
+    c_BH: Tensor
+    gates_TBG: Tensor
+    c_TBH: Tensor
+
+
+def lstm(given: Given) -> tuple[Tensor, Tensor]:
+    """All outputs h (T, B, H) and the last cell (B, H). All tensors of one type, float32 or wider."""
+    y_TBH, c_BH, *_ = _LOOP(given)
     return y_TBH, c_BH
 
 
-def _forward(
-    x_TBG: Tensor, weight_GH: Tensor, reset_TB: Tensor, h_BH: Tensor, c_BH: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y_TBH, the last c_BH, and with ``keep`` what the backward pass needs: gates (T, B, G) and cells (T, B, H)."""
-    (tokens, batch, width), inner = x_TBG.shape, h_BH.shape[1]
-    places = tokens if keep else 1
-    y_TBH = x_TBG.new_empty(tokens, batch, inner)
-    gates_TBG, c_TBH = (x_TBG.new_empty(places, batch, size) for size in (width, inner))
-    weight_HG, tanh_BH = weight_GH.t().contiguous(), torch.empty_like(h_BH)  # the transposed view is slow on a CPU
-    views = gates_TBG, gates_TBG[..., : 3 * inner], *gates_TBG.split(inner, dim=2), c_TBH, y_TBH
-    for x_BG, reset_B, gates, sigmoids, i, f, o, g, new_BH, y_BH in zip(
+def _shapes(given: Given, keep: bool) -> Made:
+    tokens, batch, gates = given.x_TBG.shape
+    places, new, cell = tokens if keep else 1, given.x_TBG.new_empty, given.c_BH.shape
+    return Made(new(tokens, *cell), new(cell), new(places, batch, gates), new(places, *cell))
+
+
+def _forward(given: Given, keep: bool) -> Made:
+    made, (x_TBG, weight_GH, reset_TB, h_BH, c_BH) = _shapes(given, keep), given
+    cell, tokens = Cell(weight_GH, c_BH), len(x_TBG)
+    views = made.y_TBH, made.gates_TBG, made.c_TBH
+    for x_BG, reset_B, y_BH, gates_BG, new_BH in zip(
         x_TBG.unbind(0), some_rows(reset_TB), *(stepwise(view, tokens) for view in views), strict=False
     ):
         if reset_B is not None:
             h_BH, c_BH = h_BH.masked_fill(reset_B[:, None], 0.0), c_BH.masked_fill(reset_B[:, None], 0.0)
-        torch.addmm(x_BG, h_BH, weight_HG, out=gates)
-        sigmoids.sigmoid_()
-        g.tanh_()
-        torch.mul(f, c_BH, out=new_BH).addcmul_(i, g)
-        torch.mul(o, torch.tanh(new_BH, out=tanh_BH), out=y_BH)
+        cell.forward(x_BG, h_BH, c_BH, new_BH, y_BH)
+        if keep:
+            gates_BG.copy_(cell.gates_BG)
         h_BH, c_BH = y_BH, new_BH
-    kept = (gates_TBG, c_TBH) if keep else (x_TBG.new_empty(0), x_TBG.new_empty(0))
-    return y_TBH, c_BH.clone(), *kept
+    made.c_BH.copy_(c_BH)
+    return made
 
 
-def _shapes(
-    x_TBG: Tensor, weight_GH: Tensor, reset_TB: Tensor, h_BH: Tensor, c_BH: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y_TBH = x_TBG.new_empty(*x_TBG.shape[:2], h_BH.shape[1])
-    kept = (torch.empty_like(x_TBG), torch.empty_like(y_TBH)) if keep else (x_TBG.new_empty(0), x_TBG.new_empty(0))
-    return y_TBH, torch.empty_like(c_BH), *kept
-
-
-def _backward(
-    dy_TBH: Tensor,
-    dc_BH: Tensor,
-    x_TBG: Tensor,
-    weight_GH: Tensor,
-    reset_TB: Tensor,
-    h_BH: Tensor,
-    c_BH: Tensor,
-    y_TBH: Tensor,
-    after_BH: Tensor,
-    gates_TBG: Tensor,
-    c_TBH: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first five but the resets. What needs no later token is computed for all tokens at once."""
-    tokens, inner = len(gates_TBG), h_BH.shape[1]
+def _backward(slopes: tuple[Tensor, ...], given: Given, made: Made) -> tuple[Tensor, ...]:
+    """What needs no later token is computed for a block of tokens at once."""
+    (dy_TBH, dc_BH), (_, weight_GH, reset_TB, h_BH, c_BH), (y_TBH, _, gates_TBG, c_TBH) = slopes, given, made
     found_TBH, heard_TBH = before(c_BH, c_TBH, reset_TB), before(h_BH, y_TBH, reset_TB)
-    dx_TBG, dc_BH, resets = torch.empty_like(gates_TBG), dc_BH.clone(), list(some_rows(reset_TB))
-    dh_BH, later, dweight_GH = torch.empty_like(dc_BH), torch.zeros_like(dc_BH), torch.zeros_like(weight_GH)
-    for block in blocks(tokens, gates_TBG[0].numel()):
-        slopes_TBG, slope_TBH = slopes(gates_TBG[block], found_TBH[block], c_TBH[block])
-        o, f = slice(2 * inner, 3 * inner), slice(inner, 2 * inner)
-        back = dx_TBG[block]
-        views = dy_TBH[block], slope_TBH, slopes_TBG.unflatten(2, (4, inner)), slopes_TBG[..., o], gates_TBG[block, :, f]
-        into = back, back.unflatten(2, (4, inner)), back[..., o]
-        for reset_B, dy_BH, slope, to_c, to_o, forget, dx_BG, all_four, do in zip(
-            reversed(resets[block]), *(reversed(view.unbind(0)) for view in (*views, *into)), strict=True
-        ):
-            torch.add(dy_BH, later, out=dh_BH)
-            dc_BH.addcmul_(dh_BH, slope)
-            torch.mul(to_c, dc_BH[:, None], out=all_four)
-            torch.mul(to_o, dh_BH, out=do)
-            dc_BH.mul_(forget)
-            torch.mm(dx_BG, weight_GH, out=later)
+    cell, dc_BH, resets = Cell(weight_GH, c_BH), dc_BH.clone(), list(some_rows(reset_TB))
+    dc_B1H, dh_BH, later_BH = dc_BH[:, None], torch.empty_like(dc_BH), torch.zeros_like(dc_BH)
+    dx_TBG, dweight_GH = torch.empty_like(gates_TBG), torch.zeros_like(weight_GH)
+    for block in blocks(len(gates_TBG), gates_TBG[0].numel()):
+        ready = cell.ready(gates_TBG[block], found_TBH[block], c_TBH[block], dx_TBG[block])
+        views = (reversed(view.unbind(0)) for view in (dy_TBH[block], *ready))
+        for reset_B, dy_BH, *at in zip(reversed(resets[block]), *views, strict=True):
+            torch.add(dy_BH, later_BH, out=dh_BH)
+            cell.back(dh_BH, dc_BH, dc_B1H, at, later_BH)
             if reset_B is not None:
                 dc_BH.masked_fill_(reset_B[:, None], 0.0)
-                later.masked_fill_(reset_B[:, None], 0.0)
-        dweight_GH.addmm_(back.flatten(0, 1).t(), heard_TBH[block].flatten(0, 1))
-    return dx_TBG, dweight_GH, later, dc_BH
+                later_BH.masked_fill_(reset_B[:, None], 0.0)
+        dweight_GH.addmm_(dx_TBG[block].flatten(0, 1).t(), heard_TBH[block].flatten(0, 1))
+    return dx_TBG, dweight_GH, later_BH, dc_BH
 
 
-def slopes(gates_TBG: Tensor, before_TBH: Tensor, c_TBH: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors by which gradients go back through a cell.
+class Cell:
+    """The cell, over x from outside and F numbers of its own past. It holds the arrays that a token needs."""
 
-    Of every gate's preactivation (T, B, G): for o by the gradient of h, for the others by that of c. And of c by that of
-    h, (T, B, H). before: c one token earlier.
-    """
-    (i, f, o, g), tanh = gates_TBG.chunk(4, dim=2), c_TBH.tanh()
-    found = torch.empty_like(gates_TBG)
-    for slope, gate, into in zip((g, before_TBH, tanh), (i, f, o), found.chunk(4, dim=2), strict=False):
-        torch.ops.aten.sigmoid_backward.grad_input(slope, gate, grad_input=into)  # slope x gate (1 - gate)
-    torch.ops.aten.tanh_backward.grad_input(i, g, grad_input=found.chunk(4, dim=2)[3])  # i (1 - g^2)
-    return found, torch.ops.aten.tanh_backward(o, tanh)
+    def __init__(self, weight_GF: Tensor, c_BH: Tensor) -> None:
+        batch, self.inner = c_BH.shape
+        self.weight_GF, self.weight_FG = weight_GF, weight_GF.t().contiguous()  # the transposed view is slow on a CPU
+        self.gates_BG, self.tanh_BH = c_BH.new_empty(batch, 4 * self.inner), torch.empty_like(c_BH)
+        self.sigmoids = self.gates_BG[:, : 3 * self.inner]
+        self.i, self.f, self.o, self.g = self.gates_BG.split(self.inner, dim=1)
+
+    def forward(self, x_BG: Tensor, past_BF: Tensor, c_BH: Tensor, into_BH: Tensor, h_BH: Tensor) -> None:
+        """Fills ``gates_BG``, ``into`` with the next c, and h."""
+        torch.addmm(x_BG, past_BF, self.weight_FG, out=self.gates_BG)
+        self.sigmoids.sigmoid_()
+        self.g.tanh_()
+        torch.mul(self.f, c_BH, out=into_BH).addcmul_(self.i, self.g)
+        torch.mul(self.o, torch.tanh(into_BH, out=self.tanh_BH), out=h_BH)
+
+    def ready(self, gates_CBG: Tensor, found_CBH: Tensor, c_CBH: Tensor, into_CBG: Tensor) -> list[Tensor]:
+        """What ``back`` is given, for some tokens. into: for the gradients of the gates. found: c one token earlier."""
+        slopes_CBG, slope_CBH = self._slopes(gates_CBG, found_CBH, c_CBH)
+        fours, o = (4, self.inner), slice(2 * self.inner, 3 * self.inner)
+        factors = [slope_CBH, slopes_CBG.unflatten(2, fours), slopes_CBG[..., o]]
+        forget_CBH = gates_CBG[..., self.inner : 2 * self.inner]
+        return [*factors, forget_CBH, into_CBG, into_CBG.unflatten(2, fours), into_CBG[..., o]]
+
+    def back(self, dh_BH: Tensor, dc_BH: Tensor, dc_B1H: Tensor, ready: Sequence[Tensor], later_BF: Tensor) -> None:
+        """From dh and dc to the gates' gradients, dc one token earlier, and ``later``: that of the past."""
+        slope, to_c, to_o, forget, dx_BG, all_four, do = ready
+        dc_BH.addcmul_(dh_BH, slope)
+        torch.mul(to_c, dc_B1H, out=all_four)
+        torch.mul(to_o, dh_BH, out=do)
+        dc_BH.mul_(forget)
+        torch.mm(dx_BG, self.weight_GF, out=later_BF)
+
+    def _slopes(self, gates_CBG: Tensor, found_CBH: Tensor, c_CBH: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of gradients that go back through the cell.
+
+        For the gates before their nonlinearities: by the gradient of h for o, by that of c for the others. For c: by
+        that of h.
+        """
+        (i, f, o, g), tanh, into = gates_CBG.split(self.inner, dim=2), c_CBH.tanh(), torch.empty_like(gates_CBG)
+        to_i, to_f, to_o, to_g = into.split(self.inner, dim=2)
+        for gate, slope, to in ((i, g, to_i), (f, found_CBH, to_f), (o, tanh, to_o)):
+            torch.ops.aten.sigmoid_backward.grad_input(slope, gate, grad_input=to)  # slope gate (1 - gate)
+        torch.ops.aten.tanh_backward.grad_input(i, g, grad_input=to_g)  # i (1 - g^2)
+        return into, torch.ops.aten.tanh_backward(o, tanh)
 
 
-_LOOP = Loop("lstm", _forward, _backward, _shapes, tensors=5, outputs=2, kept=2, derived=(0, 1, 3, 4))
+_LOOP = Loop("lstm", Given, Made, _forward, _backward, _shapes, outputs=2)

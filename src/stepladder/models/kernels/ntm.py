@@ -1,9 +1,9 @@
 """The recurrence of ``mixers.ntm`` with forward and backward written out.
 
-The forward loop keeps, token by token, what is small: gates, cells, what the heads are told, their weights; of the memory
-a copy every ``chunk`` tokens. The backward pass goes chunk by chunk from the last: it writes the chunk's memories again,
-computes for all its tokens at once whatever needs no later token, and loops over the rest. Gradients of the
-weights are products over a chunk. To autograd and torch.compile the whole loop is one operator.
+The forward loop keeps, token by token, what is small: gates, cells, what the heads are told, their weights; of the
+memory a copy every ``chunk`` tokens. The backward pass goes chunk by chunk from the last: it writes the chunk's
+memories again, computes for all its tokens at once whatever needs no later token, and loops over the rest. Gradients
+of the weights are products over a chunk. To autograd and torch.compile the whole loop is one operator.
 
 Suffixes as in mixers.ntm; time comes first here, F = H + R M is [h; r], C the tokens of a chunk, K the chunks.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepladder.models.kernels.heads import Compare, Controller, softmax_slope
+from stepladder.models.kernels.heads import Compare, softmax_slope, softplus_, softplus_slope
 from stepladder.models.kernels.loop import Loop, before, some_rows, stepwise
+from stepladder.models.kernels.lstm import Cell
 from stepladder.models.mixers.addressing import TINY
-
 
 
 @dataclass(frozen=True)
@@ -57,58 +58,69 @@ class Sizes:
         torch.mul(sigmoids, 1 - sigmoids, out=to_sigmoids)
         to_sigmoids[..., self.heads :].neg_()
         torch.addcmul(to_tanhs, tanhs, tanhs, value=-1, out=to_tanhs)
-        # As torch: softplus is linear beyond 20.
-        to_positive.copy_(torch.where(positive > 20, 1.0, -torch.expm1(-positive)))
+        to_positive.copy_(softplus_slope(positive))
         return found
 
 
-def ntm(
-    x_TBG: Tensor,
-    maps: tuple[Tensor, Tensor, Tensor],
-    start: tuple[Tensor, Tensor],
-    reset_TB: Tensor,
-    state: tuple[Tensor, Tensor, Tensor, Tensor],
-    heads: tuple[int, int, int],
-    chunk: int,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """[h; r] of all tokens (T, B, F), the weights of all heads (T, B, Q, N, without gradients), and c, memory, w at last.
+class Given(NamedTuple):
+    """What the loop is given.
 
-    x_TBG: W x + b. maps: those of [h; r] to the gates (G, F), of h to the heads (I, H), and the latter's bias. start: memory
-    (N, M) and weights (Q, N) where ``reset_TB``. state: [h; r] (B, F), c, memory and w before the first token. heads: how
-    many read, how many write, how far they shift. All tensors of one type, float32 or wider.
+    x_TBG: W x + b. recur, tell, bias: the maps of [h; r] to the gates and of h to the heads. start: memory and
+    weights where ``reset_TB``. past_BF = [h; r], c, memory, w: before the first token. All of one type, float32 or
+    wider.
     """
-    y_TBF, c_BH, memory_BNM, w_BQN, w_TBQN, *_ = _LOOP(x_TBG, *maps, *start, reset_TB, *state, *heads, chunk)
-    return y_TBF, w_TBQN.detach(), (c_BH, memory_BNM, w_BQN)
+
+    x_TBG: Tensor
+    recur_GF: Tensor
+    tell_IH: Tensor
+    bias_I: Tensor
+    start_NM: Tensor
+    start_QN: Tensor
+    reset_TB: Tensor
+    past_BF: Tensor
+    c_BH: Tensor
+    memory_BNM: Tensor
+    w_BQN: Tensor
 
 
-def _forward(
-    x_TBG: Tensor,
-    recur_GF: Tensor,
-    tell_IH: Tensor,
-    bias_I: Tensor,
-    memory_NM: Tensor,
-    start_QN: Tensor,
-    reset_TB: Tensor,
-    seen_BF: Tensor,
-    c_BH: Tensor,
-    memory_BNM: Tensor,
-    w_BQN: Tensor,
-    reads: int,
-    writes: int,
-    shift: int,
-    chunk: int,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """[h; r] of all tokens, the last c, memory and weights; all weights; gates, cells, told, memories, all with ``keep``."""
-    size = Sizes(reads, writes, shift, memory_NM.shape[1])
-    inputs = x_TBG, recur_GF, tell_IH, bias_I, memory_NM, start_QN, reset_TB, seen_BF, c_BH, memory_BNM, w_BQN
-    places = _shapes(*inputs, reads, writes, shift, chunk, keep)
-    y_TBF, c_last, memory_last, w_last, w_TBQN, gates_TBG, c_TBH, told_TBI, memory_KBNM = places
-    tokens, heads = len(y_TBF), size.heads
-    memory_BNM, tell_HI = memory_last.copy_(memory_BNM), tell_IH.t().contiguous()
+class Made(NamedTuple):
+    """[h; r] of all tokens; c, memory and weights after the last. Kept: weights, gates, cells, told; memories."""
+
+    y_TBF: Tensor
+    c_BH: Tensor
+    memory_BNM: Tensor
+    w_BQN: Tensor
+    w_TBQN: Tensor
+    gates_TBG: Tensor
+    c_TBH: Tensor
+    told_TBI: Tensor
+    memory_KBNM: Tensor
+
+
+def ntm(given: Given, heads: tuple[int, int, int], chunk: int) -> Made:
+    """The loop. heads: how many read and write, how far they shift. Only the first four results have gradients."""
+    return Made(*_LOOP(given, *heads, chunk))
+
+
+def _shapes(given: Given, reads: int, writes: int, shift: int, chunk: int, keep: bool) -> Made:
+    """The arrays to fill; what is only for a backward pass has room for one token without ``keep``."""
+    tokens, batch, gates = given.x_TBG.shape
+    places, new = tokens if keep else 1, given.x_TBG.new_empty
+    lasts = (new(each.shape) for each in (given.c_BH, given.memory_BNM, given.w_BQN))
+    shapes = (batch, gates), given.c_BH.shape, (batch, len(given.bias_I))
+    kept = (new(places, *shape) for shape in shapes)
+    found = new(tokens, *given.past_BF.shape), *lasts, new(tokens, *given.w_BQN.shape), *kept
+    return Made._make((*found, new(-(-places // chunk), *given.memory_BNM.shape)))
+
+
+def _forward(given: Given, reads: int, writes: int, shift: int, chunk: int, keep: bool) -> Made:
+    made, size = _shapes(given, reads, writes, shift, chunk, keep), Sizes(reads, writes, shift, given.start_NM.shape[1])
+    x_TBG, recur_GF, tell_IH, bias_I, start_NM, start_QN, reset_TB, past_BF, c_BH, memory_BNM, w_BQN = given
+    tokens, tell_HI = len(x_TBG), tell_IH.t().contiguous()
+    memory_BNM = made.memory_BNM.copy_(memory_BNM)
     memory_BMN, scratch_BNM = memory_BNM.transpose(1, 2), torch.empty_like(memory_BNM)
-    controller, compare, ring = Controller(recur_GF, c_BH), Compare(memory_BNM, heads), Ring(w_BQN, shift)
-    told_BI = x_TBG.new_empty(told_TBI.shape[1:])
+    controller, compare, ring = Cell(recur_GF, c_BH), Compare(memory_BNM, size.heads), Ring(w_BQN, shift)
+    h_BH, told_BI = torch.empty_like(c_BH), torch.empty_like(made.told_TBI[0])
     gate, erase, add, strength, sharp, turn, key = size.split(told_BI)
     gate_BQ1, sharp_BQ1, turns_BQ1 = gate[..., None], sharp[..., None], [by[..., None] for by in turn.unbind(-1)]
     sigmoids, tanhs, positive = size.kinds(told_BI)
@@ -116,23 +128,24 @@ def _forward(
     shifted_BQN, power_BQN = torch.empty_like(w_BQN), torch.empty_like(w_BQN)
     tiny, r_BRM = torch.full_like(w_BQN[:1, :1, :1], TINY), memory_BNM.new_empty(len(c_BH), reads, size.slot_width)
     r_BF = r_BRM.flatten(1)
-    read_TBRN, write_TBVN = w_TBQN.split((reads, writes), dim=2)
-    views = y_TBF, gates_TBG, c_TBH, told_TBI, w_TBQN, read_TBRN, write_TBVN.mT, *write_TBVN[..., None].unbind(2)
+    read_TBRN, write_TBVN = made.w_TBQN.split((reads, writes), dim=2)
+    views = made.y_TBF, made.gates_TBG, made.c_TBH, made.told_TBI, made.w_TBQN, read_TBRN
+    views = *views, write_TBVN.mT, *write_TBVN[..., None].unbind(2)
     for t, (x_BG, reset_B, y_BF, gates_BG, new_BH, kept_BI, new_BQN, read_BRN, write_BNV, *columns) in enumerate(
         zip(x_TBG.unbind(0), some_rows(reset_TB), *(stepwise(view, tokens) for view in views), strict=False)
     ):
         if reset_B is not None:
             at_B1, at_B11 = reset_B[:, None], reset_B[:, None, None]
-            seen_BF, c_BH = seen_BF.masked_fill(at_B1, 0.0), c_BH.masked_fill(at_B1, 0.0)
-            memory_BNM.copy_(torch.where(at_B11, memory_NM, memory_BNM))
+            past_BF, c_BH = past_BF.masked_fill(at_B1, 0.0), c_BH.masked_fill(at_B1, 0.0)
+            memory_BNM.copy_(torch.where(at_B11, start_NM, memory_BNM))
             w_BQN = torch.where(at_B11, start_QN, w_BQN)
         if keep and t % chunk == 0:
-            memory_KBNM[t // chunk].copy_(memory_BNM)
-        controller.forward(x_BG, seen_BF, c_BH, new_BH)
-        torch.addmm(bias_I, controller.h_BH, tell_HI, out=told_BI)
+            made.memory_KBNM[t // chunk].copy_(memory_BNM)
+        controller.forward(x_BG, past_BF, c_BH, new_BH, h_BH)
+        torch.addmm(bias_I, h_BH, tell_HI, out=told_BI)
         sigmoids.sigmoid_()
         tanhs.tanh_()
-        torch._C._nn.softplus(positive, out=positive)
+        softplus_(positive)
         turn.copy_(turn.softmax(-1))  # torch 2.13 writes a softmax into strided arrays as if they were contiguous
         content_BQN = compare.forward(memory_BNM, memory_BMN, key, strength)
         torch.lerp(w_BQN, content_BQN, gate_BQ1, out=ring.flat_BQN)
@@ -144,49 +157,14 @@ def _forward(
         torch.softmax(torch.addcmul(shifted_BQN, shifted_BQN, sharp_BQ1, out=power_BQN), -1, out=new_BQN)
         _write(memory_BNM, write_BNV, columns, erases, add, scratch_BNM, memory_BNM)
         torch.bmm(read_BRN, memory_BNM, out=r_BRM)
-        torch.cat((controller.h_BH, r_BF), dim=1, out=y_BF)
+        torch.cat((h_BH, r_BF), dim=1, out=y_BF)
         if keep:
             gates_BG.copy_(controller.gates_BG)
             kept_BI.copy_(told_BI)
-        seen_BF, c_BH, w_BQN = y_BF, new_BH, new_BQN
-    c_last.copy_(c_BH)
-    w_last.copy_(w_BQN)
-    return places
-
-
-def _shapes(
-    x_TBG: Tensor,
-    recur_GF: Tensor,
-    tell_IH: Tensor,
-    bias_I: Tensor,
-    memory_NM: Tensor,
-    start_QN: Tensor,
-    reset_TB: Tensor,
-    seen_BF: Tensor,
-    c_BH: Tensor,
-    memory_BNM: Tensor,
-    w_BQN: Tensor,
-    reads: int,
-    writes: int,
-    shift: int,
-    chunk: int,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """The arrays that ``_forward`` fills; what is only for a backward pass has room for one token without ``keep``."""
-    tokens, batch, gates = x_TBG.shape
-    places = tokens if keep else 1
-    new = x_TBG.new_empty
-    return (
-        new(tokens, *seen_BF.shape),
-        new(c_BH.shape),
-        new(memory_BNM.shape),
-        new(w_BQN.shape),
-        new(tokens, *w_BQN.shape),
-        new(places, batch, gates),
-        new(places, *c_BH.shape),
-        new(places, batch, len(bias_I)),
-        new(-(-places // chunk), *memory_BNM.shape),
-    )
+        past_BF, c_BH, w_BQN = y_BF, new_BH, new_BQN
+    made.c_BH.copy_(c_BH)
+    made.w_BQN.copy_(w_BQN)
+    return made
 
 
 class Ring:
@@ -223,66 +201,52 @@ def _write(
     for w_BN1, erase_B1M in zip(columns, erases, strict=True):
         torch.mul(memory_BNM, erase_B1M, out=scratch_BNM)
         memory_BNM = torch.addcmul(memory_BNM, w_BN1, scratch_BNM, value=-1, out=into_BNM)
-    into_BNM.baddbmm_(w_BNV, add_BVM)
+    torch.baddbmm(into_BNM, w_BNV, add_BVM, out=into_BNM)  # not baddbmm_, which torch's FLOP counter does not know
 
 
 def _backward(
-    dy_TBF: Tensor,
-    dc_BH: Tensor,
-    dmemory_BNM: Tensor,
-    dw_BQN: Tensor,
-    x_TBG: Tensor,
-    recur_GF: Tensor,
-    tell_IH: Tensor,
-    bias_I: Tensor,
-    memory_NM: Tensor,
-    start_QN: Tensor,
-    reset_TB: Tensor,
-    seen_BF: Tensor,
-    c_BH: Tensor,
-    memory_BNM: Tensor,
-    w_BQN: Tensor,
-    reads: int,
-    writes: int,
-    shift: int,
-    chunk: int,
-    y_TBF: Tensor,
-    c_last: Tensor,
-    memory_last: Tensor,
-    w_last: Tensor,
-    w_TBQN: Tensor,
-    gates_TBG: Tensor,
-    c_TBH: Tensor,
-    told_TBI: Tensor,
-    memory_KBNM: Tensor,
+    slopes: tuple[Tensor, ...], given: Given, made: Made, reads: int, writes: int, shift: int, chunk: int
 ) -> tuple[Tensor, ...]:
-    """Gradients of all inputs but the resets."""
-    size, inner = Sizes(reads, writes, shift, memory_NM.shape[1]), c_BH.shape[1]
-    dc_BH, dmemory_BNM, dw_BQN, later_BF = dc_BH.clone(), dmemory_BNM.clone(), dw_BQN.clone(), torch.zeros_like(seen_BF)
+    size, inner = Sizes(reads, writes, shift, given.start_NM.shape[1]), given.c_BH.shape[1]
+    _, recur_GF, tell_IH, bias_I, start_NM, start_QN, reset_TB, past_BF, c_BH, memory_BNM, w_BQN = given
+    y_TBF, _, _, _, w_TBQN, gates_TBG, c_TBH, told_TBI, memory_KBNM = made
+    dy_TBF, (dc_BH, dmemory_BNM, dw_BQN), later_BF = (
+        slopes[0],
+        (s.clone() for s in slopes[1:]),
+        torch.zeros_like(past_BF),
+    )
     dx_TBG, resets = torch.empty_like(gates_TBG), list(some_rows(reset_TB))
     drecur_GF, dtell_IH, dbias_I, dstart_NM, dstart_QN = (
-        torch.zeros_like(each) for each in (recur_GF, tell_IH, bias_I, memory_NM, start_QN)
+        torch.zeros_like(each) for each in (recur_GF, tell_IH, bias_I, start_NM, start_QN)
     )
-    seen_TBF, cells_TBH = before(seen_BF, y_TBF, reset_TB), before(c_BH, c_TBH, reset_TB)
+    seen_TBF, cells_TBH = before(past_BF, y_TBF, reset_TB), before(c_BH, c_TBH, reset_TB)
     found_TBQN = before(w_BQN, w_TBQN, reset_TB, start_QN)
-    controller, compare, heads = Controller(recur_GF, c_BH), Compare(memory_BNM, size.heads), Heads(size, dmemory_BNM)
-    dseen_BF, dh_BH = torch.empty_like(later_BF), torch.empty_like(dc_BH)
-    dr_BRM, direct_BH, dc_B1H = dseen_BF[:, inner:].unflatten(1, (reads, -1)), dseen_BF[:, :inner], dc_BH[:, None]
+    controller, compare, heads = Cell(recur_GF, c_BH), Compare(memory_BNM, size.heads), Heads(size, dmemory_BNM)
+    dpast_BF, dh_BH = torch.empty_like(later_BF), torch.empty_like(dc_BH)
+    dr_BRM, direct_BH, dc_B1H = dpast_BF[:, inner:].unflatten(1, (reads, -1)), dpast_BF[:, :inner], dc_BH[:, None]
     for number, memory_BNM in reversed(list(enumerate(memory_KBNM))):
         block = slice(number * chunk, (number + 1) * chunk)
-        told_CBI, w_CBQN, dx_CBG, dtold_CBI = told_TBI[block], w_TBQN[block], dx_TBG[block], torch.empty_like(told_TBI[block])
-        memory_CBNM, left = _memories(size, memory_BNM, w_CBQN, told_CBI, resets[block], memory_NM)
-        *told, strength, sharp, turn, key = size.split(told_CBI)
+        told_CBI, w_CBQN, dx_CBG, dtold_CBI = (
+            told_TBI[block],
+            w_TBQN[block],
+            dx_TBG[block],
+            torch.empty_like(told_TBI[block]),
+        )
+        new_CB = reset_TB[block] if any(each is not None for each in resets[block]) else None
+        memories = _again(size, memory_BNM, w_CBQN, told_CBI, new_CB, start_NM)
+        memory_CBNM, left_CBMN = memories[:-1], memories[1:].mT
+        if new_CB is not None:
+            memory_CBNM = torch.where(new_CB[..., None, None], start_NM, memory_CBNM)
+        *_, strength, _, _, key = size.split(told_CBI)
         compared = compare.ready(memory_CBNM, key, strength)
         placed = heads.ready(w_CBQN, found_TBQN[block], compared[0], told_CBI, memory_CBNM)
-        factor_CBI = size.slopes(told_CBI)
         cells = controller.ready(gates_TBG[block], cells_TBH[block], c_TBH[block], dx_CBG)
-        groups = ([dy_TBF[block], dtold_CBI, factor_CBI], placed, compared, cells)
+        groups = [dy_TBF[block], left_CBMN, dtold_CBI, size.slopes(told_CBI)], placed, compared, cells
         tokens = (zip(*(reversed(each.unbind(0)) for each in group), strict=True) for group in groups)
-        for reset_B, left_BMN, (dy_BF, dtold_BI, factor_BI), at, by, cell in zip(
-            reversed(resets[block]), reversed(left), *tokens, strict=True
+        for reset_B, (dy_BF, left_BMN, dtold_BI, factor_BI), at, by, cell in zip(
+            reversed(resets[block]), *tokens, strict=True
         ):
-            torch.add(dy_BF, later_BF, out=dseen_BF)
+            torch.add(dy_BF, later_BF, out=dpast_BF)
             dcontent_BQN = heads.back(dr_BRM, left_BMN, at, dw_BQN, dmemory_BNM)
             compare.back(dcontent_BQN, by, heads.dstrength, heads.dstrength_BQ1, heads.dkey, dmemory_BNM)
             torch.cat(heads.told, dim=1, out=dtold_BI).mul_(factor_BI)
@@ -309,9 +273,17 @@ class Heads:
     def __init__(self, size: Sizes, memory_BNM: Tensor) -> None:
         (batch, slots, slot_width), heads, turns = memory_BNM.shape, size.heads, 2 * size.shift + 1
         new = memory_BNM.new_empty
-        self.size, self.scratch_BNM, self.ring = size, torch.empty_like(memory_BNM), Ring(new(batch, heads, slots), size.shift)
+        self.size, self.scratch_BNM, self.ring = (
+            size,
+            torch.empty_like(memory_BNM),
+            Ring(new(batch, heads, slots), size.shift),
+        )
         self.scratch_BMN, self.ring_BQ1N = self.scratch_BNM.transpose(1, 2), self.ring.flat_BQN[:, :, None]
-        self.u_BQN, self.z_BQN, self.turned_BQSN = new(batch, heads, slots), new(batch, heads, slots), new(batch, heads, turns, slots)
+        self.u_BQN, self.z_BQN, self.turned_BQSN = (
+            new(batch, heads, slots),
+            new(batch, heads, slots),
+            new(batch, heads, turns, slots),
+        )
         self.dread_BRN, self.dwrite_BVN = new(batch, size.reads, slots), new(batch, size.writes, slots)
         self.dgate, self.dstrength, self.dsharp = (new(batch, heads) for _ in range(3))
         self.derase, self.dadd = (new(batch, size.writes, slot_width) for _ in range(2))
@@ -330,7 +302,9 @@ class Heads:
         mixed, reach = torch.lerp(before_CBQN, content_CBQN, gate), self.size.shift
         slots, turns = mixed.shape[-1], [each[..., None] for each in turn.unbind(-1)]
         whole = torch.cat((mixed[..., slots - reach :], mixed, mixed[..., :reach]), dim=-1)
-        shifted = sum((whole[..., by : by + slots] * turn_1 for by, turn_1 in enumerate(turns)), torch.full_like(mixed, TINY))
+        shifted = sum(
+            (whole[..., by : by + slots] * turn_1 for by, turn_1 in enumerate(turns)), torch.full_like(mixed, TINY)
+        )
         steep, lw = (1 + sharp)[..., None] / shifted, shifted.log()
         reads = self.size.reads
         write_CBVN = w_CBQN[:, :, reads:]
@@ -344,8 +318,10 @@ class Heads:
                 partial = partial - w_CBN1 * (partial * erase_CB1M)
         return found
 
-    def back(self, dr_BRM: Tensor, left_BMN: Tensor, ready: Sequence[Tensor], dw_BQN: Tensor, dmemory_BNM: Tensor) -> Tensor:
-        """The gradient of the weights by content; fills the rest of ``told``, turns dw and dmemory into those before."""
+    def back(
+        self, dr_BRM: Tensor, left_BMN: Tensor, ready: Sequence[Tensor], dw_BQN: Tensor, dmemory_BNM: Tensor
+    ) -> Tensor:
+        """The gradient of the weights by content. Fills the rest of ``told``; dw and dmemory become those before."""
         w, read_BNR, write_BVN, add, gate, moved, windows, lw, steep, turn, *rest = ready
         turns, rest = rest[: turn.shape[-1]], rest[turn.shape[-1] :]
         u, z, scratch, dmemory_BMN = self.u_BQN, self.z_BQN, self.scratch_BNM, dmemory_BNM.transpose(1, 2)
@@ -356,7 +332,10 @@ class Heads:
         torch.bmm(write_BVN, dmemory_BNM, out=self.dadd)
         torch.bmm(add, dmemory_BMN, out=self.dwrite_BVN)
         for head in reversed(range(self.size.writes)):
-            (derase_B1M, dwrite_B1N), (w_B1N, w_BN1, erase_B1M, partial) = self.each[head], rest[4 * head : 4 * head + 4]
+            (derase_B1M, dwrite_B1N), (w_B1N, w_BN1, erase_B1M, partial) = (
+                self.each[head],
+                rest[4 * head : 4 * head + 4],
+            )
             torch.mul(dmemory_BNM, partial, out=scratch)
             torch.bmm(w_B1N, scratch, out=derase_B1M)
             dwrite_B1N.baddbmm_(erase_B1M, self.scratch_BMN, alpha=-1)
@@ -385,22 +364,26 @@ def _a_head(x_CBV: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(head.unbind(0) for head in x_CBV.unbind(2)), strict=True)
 
 
-def _memories(
-    size: Sizes, memory_BNM: Tensor, w_CBQN: Tensor, told_CBI: Tensor, resets: list[Tensor | None], start_NM: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The memories of a chunk written once more: as every token found it (C, B, N, M), and as it left it, (B, M, N) each."""
-    tokens, found, left = len(w_CBQN), memory_BNM.new_empty(len(w_CBQN) + 1, *memory_BNM.shape), []
-    found[0].copy_(memory_BNM)
+def _again(
+    size: Sizes, kept_BNM: Tensor, w_CBQN: Tensor, told_CBI: Tensor, new_CB: Tensor | None, start_NM: Tensor
+) -> Tensor:
+    """The memories of a chunk once more: as its first token found it, then after every token, (1 + C, B, N, M).
+
+    new_CB: where documents begin, or None if nowhere. What a token finds there is the start, whatever was left.
+    """
+    memory, scratch_BNM = kept_BNM.new_empty(1 + len(w_CBQN), *kept_BNM.shape), torch.empty_like(kept_BNM)
+    memory[0].copy_(kept_BNM)
     _, erase, add, *_ = size.split(told_CBI)
-    scratch_BNM, write_CBVN = torch.empty_like(memory_BNM), w_CBQN[:, :, size.reads :]
-    writes = zip(*(each.unbind(0) for each in (add, write_CBVN.mT)), _a_head(write_CBVN[..., None]), _a_head(erase[:, :, :, None]), strict=True)
-    for t, (add_BVM, w_BNV, columns, erases) in enumerate(writes):
-        _write(found[t], w_BNV, columns, erases, add_BVM, scratch_BNM, found[t + 1])
-        reset_B = resets[t + 1] if t + 1 < tokens else None
-        left.append(found[t + 1].transpose(1, 2) if reset_B is None else found[t + 1].mT.clone())
-        if reset_B is not None:
-            found[t + 1].copy_(torch.where(reset_B[:, None, None], start_NM, found[t + 1]))
-    return found[:tokens], left
+    write_CBVN = w_CBQN[:, :, size.reads :]
+    steps = (each.unbind(0) for each in (write_CBVN.mT, add, memory[:-1], memory[1:]))
+    columns, erases = _a_head(write_CBVN[..., None]), _a_head(erase[:, :, :, None])
+    for t, (w_BNV, add_BVM, memory_BNM, left_BNM, w_BN1s, erase_B1Ms) in enumerate(
+        zip(*steps, columns, erases, strict=True)
+    ):
+        if new_CB is not None:
+            memory_BNM = torch.where(new_CB[t, :, None, None], start_NM, memory_BNM)
+        _write(memory_BNM, w_BNV, w_BN1s, erase_B1Ms, add_BVM, scratch_BNM, left_BNM)
+    return memory
 
 
-_LOOP = Loop("ntm", _forward, _backward, _shapes, tensors=11, numbers=4, outputs=4, kept=5, derived=(0, 1, 2, 3, 4, 5, 7, 8, 9, 10))
+_LOOP = Loop("ntm", Given, Made, _forward, _backward, _shapes, outputs=4, numbers=4)

@@ -88,7 +88,8 @@ class LSTM(Part):
         x_TBG = F.linear(x_BTD.transpose(0, 1), self.project.weight, self.bias).to(wide)
         reset_TB = ctx.positions_BT.t() == 0
         with no_autocast(x_BTD.device):
-            y_TBH, c_BH = kernel.lstm(x_TBG, self.recur.weight.to(wide), reset_TB, state.h_BH, state.c_BH)
+            given = kernel.Given(x_TBG, self.recur.weight.to(wide), reset_TB, state.h_BH, state.c_BH)
+            y_TBH, c_BH = kernel.lstm(given)
         return y_TBH, Carried(y_TBH[-1], c_BH)
 
     def init_state(

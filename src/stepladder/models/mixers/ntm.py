@@ -9,13 +9,13 @@ A controller (an LSTM) reads and writes N slots of width M through heads that ea
     M_t = M_{t-1} prod_v (1 - w_v e_v^T) + sum_v w_v a_v^T    over the write heads v                      (3), (4)
     r_t = w_t M_t    for every read head            y_t = out([h_t; r_t])                                 (2)
 
-numbers as in the paper. All heads address M_{t-1}; reads see what was just written. M_0 and w_0 are learned, h, c and r
-are 0 before a document's first token. Norms are sqrt(|v|^2 + EPS), sharpening is a softmax of gamma log(w~ + TINY): both
-are smooth, and neither divides by 0. Two implementations of the loop over tokens: ``naive``, differentiated by autograd,
-and ``fused``, both passes written out (kernels.ntm).
+numbers as in the paper. All heads address M_{t-1}; reads see what was just written. M_0 and w_0 are learned, h, c
+and r are 0 before a document's first token. Norms are sqrt(|v|^2 + EPS), sharpening is a softmax of gamma log(w~ +
+TINY): both are smooth, and neither divides by 0. Two implementations of the loop over tokens: ``naive``,
+differentiated by autograd, and ``fused``, both passes written out (kernels.ntm).
 
-Suffixes: B batch, T tokens, D model width, H inner width (controller), G = 4H gates, R read and V write heads, Q = R + V
-all heads (reads first), N slots, M slot width, S shifts, I what the heads are told.
+Suffixes: B batch, T tokens, D model width, H inner width (controller), G = 4H gates, R read and V write heads, Q = R
++ V all heads (reads first), N slots, M slot width, S shifts, I what the heads are told.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from stepladder.models.layers import linear
 from stepladder.models.mixers.addressing import content, rotate, sharpen
 from stepladder.models.mixers.lstm import Scan, cell, gate_bias, no_autocast, zeros
 
+
 @dataclass(frozen=True)
 class Carried:
     """Controller, reads (B, R, M), memory and weights of all heads after the last token, float32 or wider."""
@@ -46,7 +47,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Told:
-    """What the heads are told at a token, ready for use. Keys and strengths (Q), gates (Q), shifts, erase and add (V)."""
+    """What the heads are told at a token, ready for use."""
 
     gate_BQ: Tensor
     erase_BVM: Tensor
@@ -96,7 +97,9 @@ class NTM(Part):
         run = self._naive if self.scan == "naive" else self._fused
         y_TBF, w_TBQN, after = run(x_BTD, state, ctx)
         if ctx.sink.trace is not None:
-            for name, w in zip(("read", "write"), w_TBQN.transpose(0, 1).split((self.reads, self.writes), 2), strict=True):
+            for name, w in zip(
+                ("read", "write"), w_TBQN.transpose(0, 1).split((self.reads, self.writes), 2), strict=True
+            ):
                 ctx.note(f"ntm{self.site}.{name}", w)
         return self.out(y_TBF.to(self.out.weight.dtype)).transpose(0, 1), after
 
@@ -114,15 +117,16 @@ class NTM(Part):
     def _fused(self, x_BTD: Tensor, state: Carried, ctx: Context) -> tuple[Tensor, Tensor, Carried]:
         wide, inner = state.c_BH.dtype, self.inner
         x_TBG = F.linear(x_BTD.transpose(0, 1), self.project.weight, self.bias).to(wide)
-        maps = tuple(each.to(wide) for each in (self.recur.weight, self.tell.weight, self.tell_bias))
+        past_BF = torch.cat((state.h_BH, state.r_BRM.flatten(1)), dim=-1)
+        maps = (each.to(wide) for each in (self.recur.weight, self.tell.weight, self.tell_bias))
         start = self.memory_NM.to(wide), self.start_QN.to(wide).softmax(-1)
-        seen_BF = torch.cat((state.h_BH, state.r_BRM.flatten(1)), dim=-1)
-        found = seen_BF, state.c_BH, state.memory_BNM, state.w_BQN
-        heads = self.reads, self.writes, self.shift
+        found = past_BF, state.c_BH, state.memory_BNM, state.w_BQN
+        given = kernel.Given._make((x_TBG, *maps, *start, ctx.positions_BT.t() == 0, *found))
         with no_autocast(x_BTD.device):
-            y_TBF, w_TBQN, after = kernel.ntm(x_TBG, maps, start, ctx.positions_BT.t() == 0, found, heads, self.chunk)
-        r_BRM = y_TBF[-1, :, inner:].unflatten(1, (self.reads, -1))
-        return y_TBF, w_TBQN, Carried(y_TBF[-1, :, :inner], after[0], r_BRM, *after[1:])
+            made = kernel.ntm(given, (self.reads, self.writes, self.shift), self.chunk)
+        h_BH, r_BF = made.y_TBF[-1].split((inner, self.reads * self.memory_NM.shape[1]), dim=-1)
+        after = Carried(h_BH, made.c_BH, r_BF.unflatten(-1, (self.reads, -1)), made.memory_BNM, made.w_BQN)
+        return made.y_TBF, made.w_TBQN, after
 
     def _begun(self, state: Carried, new_B: Tensor) -> Carried:
         """The state as a token finds it: afresh where a document begins, whatever the last one left behind."""
@@ -134,7 +138,9 @@ class NTM(Part):
 
     def _token(self, heard_BG: Tensor, before: Carried) -> Carried:
         """One transition of the machine."""
-        recur, tell, tell_bias = (each.to(heard_BG.dtype) for each in (self.recur.weight, self.tell.weight, self.tell_bias))
+        recur, tell, tell_bias = (
+            each.to(heard_BG.dtype) for each in (self.recur.weight, self.tell.weight, self.tell_bias)
+        )
         seen = torch.cat((before.h_BH, before.r_BRM.flatten(1)), dim=-1)
         h_BH, c_BH = cell(heard_BG + F.linear(seen, recur), before.c_BH)
         told = self._told(F.linear(h_BH, tell, tell_bias))

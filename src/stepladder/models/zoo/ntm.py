@@ -13,17 +13,27 @@ from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import Macro, architecture
 from stepladder.models.stack import Stack
 
-TINY = {"width": 16, "depth": 2, "inner": 10, "slots": 6, "slot_width": 5, "read_heads": 2, "write_heads": 2, "chunk": 8}
+TINY = {
+    "width": 16,
+    "depth": 2,
+    "inner": 10,
+    "slots": 6,
+    "slot_width": 5,
+    "read_heads": 2,
+    "write_heads": 2,
+    "chunk": 8,
+}
 
 
 @architecture("ntm", tiny=TINY)
 class NeuralTuringMachine(Macro):
     """Blocks of a neural Turing machine and SwiGLU: against ``transformer``, the mixer is the one thing that differs.
 
-    Source: Graves, Wayne & Danihelka, 2014, "Neural Turing machines", with a controller that is an LSTM. Differs from it in:
-    what is added to a slot goes through tanh, so that slots stay bounded; norms and sharpening are safe at 0
-    (mixers.ntm); the controller's h, c and first reads start at 0, memory and weights at learned values; initial scales
-    of this house. Repairs its ancestor (spec "vectur", 3.3), whose controller never heard what was read.
+    Source: Graves, Wayne & Danihelka, 2014, "Neural Turing machines", with a controller that is an LSTM. Differs
+    from it in: what is added to a slot goes through tanh, so that slots stay bounded; norms and sharpening are safe
+    at 0 (mixers.addressing); the controller's h, c and first reads start at 0, memory and weights at learned values;
+    initial scales of this house. Repairs its ancestor (spec "vectur", 3.3), whose controller never heard what was
+    read.
     """
 
     inner: int | None = Field(None, ge=1, description="number of cells of the controller; default: width")
@@ -33,7 +43,9 @@ class NeuralTuringMachine(Macro):
     write_heads: int = Field(1, ge=1, description="heads that erase and add")
     shift: int = Field(1, ge=1, description="slots that a head can move by at a token, either way")
     scan: Scan = Field("fused", description="hand-written passes over all tokens, or the plain loop under autograd")
-    chunk: int = Field(32, ge=1, description="tokens between kept copies of the memory; changes speed, not the function")
+    chunk: int = Field(
+        32, ge=1, description="tokens between kept copies of the memory; changes speed, not the function"
+    )
 
     twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
 
