@@ -66,10 +66,10 @@ class Sizes:
         self.sizes = [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
 
     def split(self, told: Tensor) -> tuple[Tensor, ...]:
-        """Views: free (R), allocate (1), gate (1), erase (1, M), strengths less 1 (1 + R), modes (R, 3), keys (1 +
-        R, M), vector (1, M).""" free, allocate, gate, erase, strengths, modes, keys, vector = told.split(self.sizes,
-        dim=-1) rows = (each.unflatten(-1, shape) for each, shape in ((modes, (self.reads, 3)), (keys, (1 +
-        self.reads, -1)))) return free, allocate, gate, erase[..., None, :], strengths, *rows, vector[..., None, :]
+        """Views, in the order of ``sizes``; the strengths less 1. Erasure and what is written are rows, keys (1 + R, M)."""
+        free, allocate, gate, erase, strengths, modes, keys, vector = told.split(self.sizes, dim=-1)
+        modes, keys = modes.unflatten(-1, (self.reads, 3)), keys.unflatten(-1, (1 + self.reads, -1))
+        return free, allocate, gate, erase[..., None, :], strengths, modes, keys, vector[..., None, :]
 
     def kinds(self, told: Tensor) -> tuple[Tensor, Tensor]:
         """What goes through a sigmoid and through softplus: views of (..., S)."""
