@@ -66,7 +66,7 @@ class Sizes:
         self.sizes = [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
 
     def split(self, told: Tensor) -> tuple[Tensor, ...]:
-        """Views, in the order of ``sizes``; the strengths less 1. Erasure and what is written are rows, keys (1 + R, M)."""
+        """Views, in the order of ``sizes``; the strengths less 1. Keys (1 + R, M)."""
         free, allocate, gate, erase, strengths, modes, keys, vector = told.split(self.sizes, dim=-1)
         modes, keys = modes.unflatten(-1, (self.reads, 3)), keys.unflatten(-1, (1 + self.reads, -1))
         return free, allocate, gate, erase[..., None, :], strengths, modes, keys, vector[..., None, :]
