@@ -213,8 +213,8 @@ def head_gradients(evidence: Evidence, look: dict[str, Style], name: str) -> str
     """Gradient norm of the halting heads over training tokens, a thin line a seed and their median; 0 is shown as 0."""
     drawn = [(rung, [run.head for run in evidence.of(rung) if len(run.head)]) for rung in evidence.rungs]
     norms = np.concatenate([curve[:, 2] for _, curves in drawn for curve in curves])
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(2 * _WIDTH, 2.8))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2 * WIDTH, 2.8))
         axes = figure.subplots()
         if norms.any():  # logarithmic, but with a place for 0: below the smallest norm that was met
             least = 10.0 ** np.floor(np.log10(norms[norms > 0].min()))
@@ -234,45 +234,43 @@ def head_gradients(evidence: Evidence, look: dict[str, Style], name: str) -> str
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
         axes.yaxis.set_minor_locator(NullLocator())
         _grid(axes, "y")
-        return _svg(figure, name, "Gradient norm of the halting heads over training")
+        return svg(figure, name, "Gradient norm of the halting heads over training")
 
 
 def tick_bars(shares: dict[str, dict[int, float]], budget: int, style: Style, name: str, title: str) -> str:
     """Share of answer tokens by executed ticks, 1 to ``budget``: full bars at training sizes, pale ones beyond."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.2))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.2))
         axes = figure.subplots()
         ticks = np.arange(1, budget + 1)
         width = 0.8 / max(1, len(shares))
         for number, regime in enumerate(sorted(shares)):  # iid, ood
             heights = [shares[regime].get(int(tick), 0.0) for tick in ticks]
             place = ticks - 0.4 + width * (number + 0.5)
-            axes.bar(
-                place, heights, width, color=style.colour, alpha=1.0 if regime == "iid" else 0.35, edgecolor=_PAPER
-            )
+            axes.bar(place, heights, width, color=style.colour, alpha=1.0 if regime == "iid" else 0.35, edgecolor=PAPER)
         axes.set_ylim(0, 1.02)
         axes.set_xlim(0.4, budget + 0.6)
         axes.xaxis.set_major_locator(FixedLocator(_some(ticks.tolist(), 16)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.set_xlabel("executed ticks")
         _grid(axes, "y")
-        return _svg(figure, name, title)
+        return svg(figure, name, title)
 
 
 def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name: str, title: str) -> str:
     """Accuracy over mean ticks: one budget for all (line), and the learned, random and oracle exits (points)."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.2))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.2))
         axes = figure.subplots()
-        axes.plot([*fixed], [*fixed.values()], color=_MUTED, marker=".")
+        axes.plot([*fixed], [*fixed.values()], color=MUTED, marker=".")
         for label, ticks, marker, face, edge, away, align in (
-            ("oracle", row["oracle_ticks"], "*", _MUTED, _MUTED, (0, 9), "center"),
-            ("random", row["mean_ticks"], style.marker, _PAPER, style.colour, (6, -9), "left"),
+            ("oracle", row["oracle_ticks"], "*", MUTED, MUTED, (0, 9), "center"),
+            ("random", row["mean_ticks"], style.marker, PAPER, style.colour, (6, -9), "left"),
             ("learned", row["mean_ticks"], style.marker, style.colour, style.colour, (-6, -9), "right"),
         ):
             axes.plot(ticks, row[label], marker=marker, markersize=7, color=face, markeredgecolor=edge)
             axes.annotate(
-                label, (ticks, row[label]), xytext=away, textcoords="offset points", color=_MUTED,
+                label, (ticks, row[label]), xytext=away, textcoords="offset points", color=MUTED,
                 va="center", ha=align,
             )  # fmt: skip
         axes.set_ylim(-0.05, 1.15)
@@ -281,7 +279,7 @@ def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.set_xlabel("mean executed ticks")
         _grid(axes, "y")
-        return _svg(figure, name, title)
+        return svg(figure, name, title)
 
 
 def forest(verdict: dict[str, Any], metric: str, look: dict[str, Style], name: str) -> str:
