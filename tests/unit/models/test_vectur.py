@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -462,6 +463,21 @@ def test_averaged_draws_and_normal_symbols_keep_the_laws(law):
 @pytest.mark.parametrize("fields", [{}, {"ticks": 32}, {"form": "chunk"}, {"form": "stream"}, {"depth": 4}])
 def test_S4_the_full_unroll_is_well_conditioned(kind, fields):
     assert 0 < conditioning(spec(kind, "tiny", **fields)) < 100
+
+
+@pytest.mark.parametrize("form", ["chunk", pytest.param("stream", marks=pytest.mark.slow)])
+def test_every_form_is_one_graph(form):
+    torch._dynamo.reset()
+    model = build("vecstur", stir=0.0, form=form, depth=1, ticks=2).train()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(2):
+        ids, cuts = tokens(seed, length=9), tokens(seed + 2, length=9) < 3
+        ours, theirs = (call(ids, targets=ids, documents=cuts.cumsum(1)).nll_BT for call in (compiled, model))
+        ours.sum().backward()
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_the_original_form_is_no_language_model():
