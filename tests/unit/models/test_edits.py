@@ -161,6 +161,21 @@ def test_edits_pass_gradients_and_survive_recomputation(model, tokens, kind):
     assert float(scale.grad) != 0
 
 
+@pytest.mark.parametrize("form", ["prefix", "chunk", "stream"])
+def test_a_trace_and_recomputation_go_together(kind, tokens, form):
+    """What is noted is not noted again in the backward pass, and must not be missed there."""
+    model = spec(kind, "tiny", form=form).build(VOCAB)
+    gradients = []
+    for call in ({}, {"trace": True}, {"trace": True, "recompute": True}):
+        model.zero_grad()
+        out = model(tokens, targets=tokens, **call)
+        assert not any(value.requires_grad for value in out.trace.values())
+        out.nll_BT.sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients[:2], strict=True))
+    torch.testing.assert_close(gradients[2], gradients[0])
+
+
 def test_edits_hold_in_decoding(model, tokens, kind):
     edits = {f"{kind}0.angle": pinned(1)} if kind == "vectur" else {f"{kind}0.control": lambda value, _: -value}
     with torch.no_grad():

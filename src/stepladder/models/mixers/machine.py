@@ -175,6 +175,7 @@ class Start:
 class _Trail:
     """What is noted of a run. Of a tape that is never formed: |T + g J U^T|^2 = |T|^2 + 2 g S . U + g^2 |J|^2 |U|^2."""
 
+    @torch.no_grad()  # throughout: what is only noted must leave nothing to the backward pass, nor to recomputation
     def __init__(self, cells_BSM: Tensor, at: Places) -> None:
         self.looks: dict[str, list[Tensor]] = defaultdict(list)
         self.acts: dict[str, list[Tensor]] = defaultdict(list)
@@ -185,26 +186,29 @@ class _Trail:
             own_BES = own_BES | own_BES.roll(at.random, -1)
         self.square_BE = torch.where(own_BES, cells_BSM.square().sum(-1)[:, None], 0.0).sum(-1)
 
-    def look(self, read_BEM: Tensor, **seen: Tensor) -> None:
-        """Before a tick, and after the last."""
-        for name, value in seen.items():
-            self.looks[name].append(value)
-        self.looks["read"].append(read_BEM.norm(dim=-1))
-        self.looks["tape"].append(self.square_BE.clamp(min=0).sqrt())
+    @torch.no_grad()
+    def look(self, read_BEM: Tensor, at: Places, away_BEM: Tensor, seen: dict[str, Tensor]) -> None:
+        """Before a tick, and after the last. ``away``: of the control from its target."""
+        behind_BEH = seen["angle"] / TURN * at.circle[..., None]
+        sizes = {"read": read_BEM.norm(dim=-1), "tape": self.square_BE.clamp(min=0).sqrt()}
+        more = {"behind": behind_BEH, "distance": away_BEM.square().mean(-1), **sizes}
+        for name, value in (seen | more).items():
+            self.looks[name].append(value.detach())
 
+    @torch.no_grad()
     def act(self, gate_BE: Tensor, index_BEA: Tensor, share_BEA: Tensor, read_BEM: Tensor, written_BEM: Tensor) -> None:
         """In a tick."""
         size_BE = overlap(index_BEA, share_BEA, index_BEA, share_BEA)
         step_BEM = gate_BE[..., None] * written_BEM
         self.square_BE = self.square_BE + 2 * (read_BEM * step_BEM).sum(-1) + size_BE * step_BEM.square().sum(-1)
-        self.acts["gate"].append(gate_BE)
+        self.acts["gate"].append(gate_BE.detach())
         self.acts["write"].append(step_BEM.norm(dim=-1))
 
     def notes(self, ticks: int) -> dict[str, Tensor]:
         """Along a third axis: looks ticks + 1, acts ticks. Of ticks that were left out, nothing moved."""
         rest = ticks + 1 - len(self.looks["read"])
         looks = {name: each + each[-1:] * rest for name, each in self.looks.items()}
-        acts = {name: each + [0 * each[0]] * rest for name, each in self.acts.items()}
+        acts = {name: each + [torch.zeros_like(each[0])] * rest for name, each in self.acts.items()}
         return {name: torch.stack(each, dim=2) for name, each in (looks | acts).items()}
 
 
@@ -324,10 +328,8 @@ class Machine(nn.Module):
             found = tape.read(index, share)
             read = now.edited(f"{name}.read", found)
             if trail is not None:
-                behind = angle / TURN * at.circle[..., None]
-                distance = (control - self.target).square().mean(-1)
-                seen = {"angle": angle, "behind": behind, "weight": weight, "distance": distance}
-                trail.look(found, cell=at.token(number), share=share, **seen)
+                seen = {"angle": angle, "weight": weight, "cell": at.token(number), "share": share}
+                trail.look(found, at, control - self.target, seen)
             if tick == ticks:
                 break
             moved, written, turned, weighed = self.step(read, control, angle, weight)

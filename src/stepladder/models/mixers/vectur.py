@@ -77,9 +77,9 @@ class VecTur(Part):
     """A vector Turing machine as a mixer; see the module for its forms, zoo.vectur for the source and differences.
 
     inner: width M of a cell and of the control. expand: hidden widths as a multiple of it. ticks: the tick budget.
-    halt: the gate at which a machine stops. chunk, cells: of the forms chunk and stream. tape: how tapes are kept,
-    an implementation. random: what random cells hold, None without; draws: random tapes over which the output is
-    averaged in eval mode. gain: scale of the initial output map.
+    halt: the gate at which a machine stops. reach, spread: how far a tick and the input move heads. chunk, cells: of
+    forms chunk and stream. tape: how tapes are kept, an implementation. random: what random cells hold, or None;
+    draws: random tapes over which the output is averaged in eval mode. gain: scale of the initial output map.
     """
 
     site = 0
