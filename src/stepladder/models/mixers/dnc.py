@@ -159,7 +159,7 @@ class DNC(Part):
 
 
 def told_sizes(reads: int, slot_width: int) -> list[int]:
-    """How many numbers the heads are told: gates to free, allocate, write; erasure, strengths, read modes, keys, content."""
+    """How many numbers the heads are told: gates to free, allocate, write; erasure, strengths, modes, keys, content."""
     return [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
 
 
