@@ -49,7 +49,7 @@ def context(positions_BT: Tensor) -> Context:
 def mixer(name: str, scan: str, width: int, device: str, dtype: torch.dtype) -> nn.Module:
     """The mixer of a one-layer model, the same weights for both implementations."""
     torch.manual_seed(0)
-    model = spec(name, width=width, depth=1, scan=scan).build(11)
+    model = spec(name, width=width, inner=width, depth=1, scan=scan).build(11)
     return model.core.core.parts[0].part.to(device, dtype)
 
 

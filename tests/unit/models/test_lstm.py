@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from stepladder.models.zoo import spec
+from stepladder.run import TrainConfig
+from stepladder.train.optim import adamw
 
 
 def part_of(model):
@@ -39,7 +41,7 @@ def test_a_cell_keeps_its_content_before_training():
     assert not bool(torch.cat((i, o, g)).any())
 
 
-def test_vectors_do_not_decay_and_width_is_the_default_number_of_cells():
-    part = part_of(spec("lstm", width=24, depth=1).build(11))
-    assert part.inner == 24
-    assert part.bias.dim() == 1
+def test_gate_biases_do_not_decay():
+    model = spec("lstm", width=24, depth=1).build(11)
+    _, kept = adamw(model, TrainConfig(steps=1)).param_groups
+    assert any(each is part_of(model).bias for each in kept["params"])

@@ -193,7 +193,11 @@ def test_parameters_meet_a_transformers(name):
     control = count(spec("transformer", "nano"), 512)
     found = match_params(spec(name, "nano"), control, 512)
     assert abs(found.residual) < 0.01
-    assert abs(count(sized(name, "125M", 32_000), 32_000) / 125e6 - 1) < 0.05
+    assert found.spec.hidden == pytest.approx(spec("transformer", "nano").hidden_width, rel=0.05)  # it is as it was
+    for size, number in (("50M", 50e6), ("125M", 125e6), ("1B", 1e9)):
+        chosen = sized(name, size, 32_000)
+        assert abs(count(chosen, 32_000) / number - 1) < 0.05
+        assert chosen.hidden > chosen.width
 
 
 @pytest.mark.gpu

@@ -61,8 +61,7 @@ class DNC(Part):
         super().__init__()
         self.inner, self.reads, self.scan, self.chunk = inner, reads, scan, chunk
         self.site = 0  # which of a model's parts this is; names what it notes
-        # free gates, allocation gate, write gate, erasure | strengths | read modes | keys, what is written
-        self.sizes = [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
+        self.sizes = told_sizes(reads, slot_width)
         read = reads * slot_width
         self.project, self.recur = linear(width, 4 * inner), linear(inner + read, 4 * inner)
         self.bias = gate_bias(inner)
@@ -157,6 +156,11 @@ class DNC(Part):
         memory = slots * slot_width * (1 + reads + 1 + reads) + 2 * reads * slots * slots
         state = 2 * self.inner + reads * slot_width + slots * (slot_width + 3 + slots + reads)
         return Cost(self.own_params(), 2 * (matrices + memory), state * max(4, self.itemsize()))
+
+
+def told_sizes(reads: int, slot_width: int) -> list[int]:
+    """How many numbers the heads are told: gates to free, allocate, write; erasure, strengths, modes, keys, content."""
+    return [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
 
 
 def allocation(usage_BN: Tensor) -> Tensor:

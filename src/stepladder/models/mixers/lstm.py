@@ -11,6 +11,7 @@ Suffixes: B batch, T tokens, D model width, H inner width, G = 4H gates in the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,16 @@ def gate_bias(inner: int) -> nn.Parameter:
     bias_G = torch.zeros(4 * inner)
     bias_G[inner : 2 * inner] = 1.0
     return nn.Parameter(bias_G)
+
+
+def cells_like_attention(width: int, read: int = 0, told: int = 0) -> int:
+    """Cells, a multiple of 8, that give a mixer the parameters of attention, 4 width^2.
+
+    read: numbers that a controller hears of its memory; told: numbers that it tells the heads. Then a swap of mixers
+    leaves the rest of a block as it is.
+    """
+    each, rest = 5 * width + 4 * read + told, max(0, 4 * width * width - read * width)
+    return max(8, round((math.sqrt(each * each + 16 * rest) - each) / 64) * 8)
 
 
 def cell(gates_BG: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:

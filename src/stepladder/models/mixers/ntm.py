@@ -82,8 +82,7 @@ class NTM(Part):
         self.scan, self.chunk = scan, chunk
         self.site = 0  # which of a model's parts this is; names what it notes
         heads, read = reads + writes, reads * slot_width
-        self.sizes = [heads, writes * slot_width, writes * slot_width, heads, heads]
-        self.sizes += [heads * (2 * shift + 1), heads * slot_width]
+        self.sizes = told_sizes(reads, writes, shift, slot_width)
         self.project, self.recur = linear(width, 4 * inner), linear(inner + read, 4 * inner)
         self.bias = gate_bias(inner)
         self.tell, self.tell_bias = linear(inner, sum(self.sizes)), nn.Parameter(torch.zeros(sum(self.sizes)))
@@ -181,6 +180,12 @@ class NTM(Part):
         memory = slots * slot_width * (heads + self.reads + self.writes)
         state = 2 * self.inner + self.reads * slot_width + slots * (slot_width + heads)
         return Cost(self.own_params(), 2 * (matrices + memory), state * max(4, self.itemsize()))
+
+
+def told_sizes(reads: int, writes: int, shift: int, slot_width: int) -> list[int]:
+    """How many numbers the heads are told: gates, erasures, what is added, strengths, sharpness, shifts, keys."""
+    heads, written = reads + writes, writes * slot_width
+    return [heads, written, written, heads, heads, heads * (2 * shift + 1), heads * slot_width]
 
 
 def address(told: Told, memory_BNM: Tensor, before_BQN: Tensor) -> Tensor:

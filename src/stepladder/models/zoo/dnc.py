@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from stepladder.core.config import Field
 from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
-from stepladder.models.mixers.dnc import DNC
-from stepladder.models.mixers.lstm import Scan
+from stepladder.models.mixers.dnc import DNC, told_sizes
+from stepladder.models.mixers.lstm import Scan, cells_like_attention
 from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import Macro, architecture
 from stepladder.models.stack import Stack
@@ -27,7 +27,11 @@ class DifferentiableNeuralComputer(Macro):
     ancestor (spec "vectur", 3.3) called its neural Turing machine by this name.
     """
 
-    inner: int | None = Field(None, ge=1, description="number of cells of the controller; default: width")
+    inner: int | None = Field(
+        None,
+        ge=1,
+        description="cells of the controller; default: as many as give the mixer the parameters of attention",
+    )
     slots: int = Field(64, ge=1, description="slots N of the memory; links between them take N x N numbers a sequence")
     slot_width: int = Field(32, ge=1, description="numbers M that a slot holds")
     read_heads: int = Field(2, ge=1, description="heads that read")
@@ -41,9 +45,10 @@ class DifferentiableNeuralComputer(Macro):
         return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)
 
     def _mixer(self) -> DNC:
+        told, read = sum(told_sizes(self.read_heads, self.slot_width)), self.read_heads * self.slot_width
         return DNC(
             self.width,
-            self.inner or self.width,
+            self.inner or cells_like_attention(self.width, read, told),
             slots=self.slots,
             slot_width=self.slot_width,
             reads=self.read_heads,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from stepladder.core.config import Field
 from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
-from stepladder.models.mixers.lstm import LSTM, Scan
+from stepladder.models.mixers.lstm import LSTM, Scan, cells_like_attention
 from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import Macro, architecture
 from stepladder.models.stack import Stack
@@ -24,13 +24,16 @@ class LongShortTermMemory(Macro):
     whose recomputed gradients were those of other layers.
     """
 
-    inner: int | None = Field(None, ge=1, description="number of cells; default: width")
+    inner: int | None = Field(
+        None, ge=1, description="cells; default: as many as give the mixer the parameters of attention"
+    )
     scan: Scan = Field("fused", description="hand-written passes over all tokens, or the plain loop under autograd")
 
     twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
 
     def build(self, vocab: int) -> LanguageModel:
         gain = residual_gain(self.depth)
-        mixers = [LSTM(self.width, self.inner or self.width, self.scan, gain) for _ in range(self.depth)]
+        inner = self.inner or cells_like_attention(self.width)
+        mixers = [LSTM(self.width, inner, self.scan, gain) for _ in range(self.depth)]
         parts = [part for mixer in mixers for part in self.block(mixer, self.depth)]
         return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from stepladder.core.config import Field
 from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
-from stepladder.models.mixers.lstm import Scan
-from stepladder.models.mixers.ntm import NTM
+from stepladder.models.mixers.lstm import Scan, cells_like_attention
+from stepladder.models.mixers.ntm import NTM, told_sizes
 from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import Macro, architecture
 from stepladder.models.stack import Stack
@@ -36,7 +36,11 @@ class NeuralTuringMachine(Macro):
     read.
     """
 
-    inner: int | None = Field(None, ge=1, description="number of cells of the controller; default: width")
+    inner: int | None = Field(
+        None,
+        ge=1,
+        description="cells of the controller; default: as many as give the mixer the parameters of attention",
+    )
     slots: int = Field(64, ge=3, description="slots N of the memory")
     slot_width: int = Field(32, ge=1, description="numbers M that a slot holds")
     read_heads: int = Field(2, ge=1, description="heads that read")
@@ -54,9 +58,13 @@ class NeuralTuringMachine(Macro):
         return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)
 
     def _mixer(self) -> NTM:
+        told, read = (
+            sum(told_sizes(self.read_heads, self.write_heads, self.shift, self.slot_width)),
+            self.read_heads * self.slot_width,
+        )
         return NTM(
             self.width,
-            self.inner or self.width,
+            self.inner or cells_like_attention(self.width, read, told),
             slots=self.slots,
             slot_width=self.slot_width,
             reads=self.read_heads,
