@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepladder.experiments.match import count, match_params, sized
 from stepladder.models.base import Context, Sink, leaves, map_state
+from stepladder.models.kernels.replay import USES, Replayed
 from stepladder.models.noise import row_keys
 from stepladder.models.zoo import spec
 
@@ -56,7 +57,8 @@ def results(part, x: Tensor, positions_BT: Tensor, state=None) -> dict[str, Tens
     y, after = part(x, given, context(positions_BT))
     found = {"y": y, **{f"state {n}": leaf for n, leaf in enumerate(leaves(after))}}
     g = torch.Generator().manual_seed(1)
-    sum((value * torch.randn(value.shape, generator=g, dtype=value.dtype)).sum() for value in found.values()).backward()
+    weights = [torch.randn(value.shape, generator=g, dtype=value.dtype).to(value.device) for value in found.values()]
+    sum((value * weight).sum() for value, weight in zip(found.values(), weights, strict=True)).backward()
     slopes = {"x": x.grad, **{f"state {n}": leaf.grad for n, leaf in enumerate(before)}}
     slopes |= {n: p.grad for n, p in part.named_parameters()}
     slopes = {f"gradient of {n}": torch.zeros(1) if slope is None else slope for n, slope in slopes.items()}
@@ -204,7 +206,33 @@ def test_parameters_meet_a_transformers(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_machine
 def test_a_gpu_computes_what_a_cpu_does(name):
-    x, place = torch.randn(ROWS, 40, WIDTH, dtype=torch.float64), positions(40, 0.1)
-    want = results(build(name), x, place)
-    got = results(build(name).cuda(), x.cuda(), place.cuda())
-    assert worst({n: value.cpu() for n, value in got.items()}, want) < 1e-10
+    """At first kernel by kernel; from the third call on the loops' recordings are replayed, each time on new numbers."""
+    part, on_gpu = build(name), build(name).cuda()
+    for call in range(5):
+        x, place = torch.randn(ROWS, 40, WIDTH, dtype=torch.float64), positions(40, 0.1)
+        want, got = results(part, x, place), results(on_gpu, x.cuda(), place.cuda())
+        assert worst({n: value.cpu() for n, value in got.items()}, want) < 1e-10, call
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recording_is_replayed_on_new_numbers_and_its_results_stay():
+    calls = []
+
+    def function(x, times):
+        calls.append(times)
+        return x * times, x.sum()[None]
+
+    replayed, xs = Replayed(function), [torch.randn(5, device="cuda") for _ in range(6)]
+    found = [replayed(x, 3) for x in xs]
+    assert len(calls) == USES + 1  # and the recording
+    assert all(torch.equal(a, x * 3) and torch.equal(b, x.sum()[None]) for x, (a, b) in zip(xs, found, strict=True))
+    assert torch.equal(replayed(xs[0], 2)[0], xs[0] * 2)  # another number is another call
+    assert len(calls) == USES + 2
+
+
+def test_a_cpu_records_nothing():
+    calls = []
+    replayed = Replayed(lambda x: (calls.append(1), x)[1:])
+    assert all(torch.equal(replayed(torch.ones(2) * n)[0], torch.ones(2) * n) for n in range(5))
+    assert len(calls) == 5

@@ -6,6 +6,7 @@ Suffixes as in kernels.dnc; X = 2 R.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -139,9 +140,8 @@ class Machine:
         ways = torch.stack((read_found @ links[1:], to_read[0], read_found @ links[1:].mT), dim=3)
         free = free[..., None]
         factors = 1 - free * read_found
-        others = [
-            factors[:, :, [r for r in range(factors.shape[2]) if r != one]].prod(2) for one in range(factors.shape[2])
-        ]
+        ones, heads = torch.ones_like(factors[:, :, 0]), factors.unbind(2)
+        others = [math.prod((*heads[:one], *heads[one + 1 :]), start=ones) for one in range(len(heads))]
         others_CBRN, kept_CBN = torch.stack(others, dim=2), factors.prod(2)
         unfreed = torch.addcmul(write_found, usage_found, 1 - write_found)
         spare_CB1 = 1 - write.sum(-1, keepdim=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepladder.models.kernels.replay import Replayed
+
 
 class Loop:
     """A loop over tokens with its backward pass, as one operator ``stepladder::name`` of autograd and compilers.
@@ -18,7 +20,7 @@ class Loop:
     gradient.
 
     forward(given, *numbers, keep) -> Made; shapes, the same, but only allocates. backward(gradients of the results,
-    given, made, *numbers) -> the gradients of what was given, in its order.
+    given, made, *numbers) -> the gradients of what was given, in its order. On a GPU both are recorded and replayed.
     """
 
     def __init__(
@@ -52,10 +54,10 @@ class Loop:
         def back_shapes(*args: Any) -> tuple[Tensor, ...]:
             return tuple(args[outputs + place].new_empty(args[outputs + place].shape) for place in derived)
 
-        self.run = run
-        self.operator = _operator(name, run, run_shapes, [*tensors, *ints, "bool keep"], results)
+        self.run = Replayed(run)
+        self.operator = _operator(name, self.run, run_shapes, [*tensors, *ints, "bool keep"], results)
         known = [f"Tensor d{place}" for place in range(outputs)] + tensors + [f"Tensor y{n}" for n in range(results)]
-        back_operator = _operator(f"{name}_backward", back, back_shapes, [*known, *ints], len(derived))
+        back_operator = _operator(f"{name}_backward", Replayed(back), back_shapes, [*known, *ints], len(derived))
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.numbers = inputs[count:-1]
@@ -89,7 +91,13 @@ def _operator(
 
 
 def some_rows(reset_TB: Tensor) -> Iterator[Tensor | None]:
-    """Of every token the rows that begin a document there, as a mask (B,), or None where no row does."""
+    """Of every token the rows that begin a document there, as a mask (B,), or None where no row does.
+
+    A GPU is not asked which they are, it gets all masks: the host would wait for it, and a recording could not.
+    """
+    if reset_TB.is_cuda:
+        yield from reset_TB.unbind(0)
+        return
     for any_row, reset_B in zip(reset_TB.any(1).tolist(), reset_TB.unbind(0), strict=True):
         yield reset_B if any_row else None
 
