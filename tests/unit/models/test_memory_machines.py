@@ -206,7 +206,7 @@ def test_parameters_meet_a_transformers(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_machine
 def test_a_gpu_computes_what_a_cpu_does(name):
-    """At first kernel by kernel; from the third call on the loops' recordings are replayed, each time on new numbers."""
+    """At first kernel by kernel; from the third call on recordings are replayed, each time on new numbers."""
     part, on_gpu = build(name), build(name).cuda()
     for call in range(5):
         x, place = torch.randn(ROWS, 40, WIDTH, dtype=torch.float64), positions(40, 0.1)
