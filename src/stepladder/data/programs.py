@@ -32,9 +32,13 @@ class Program(Task):
         """The size of this task for which other tasks read an array of ``length`` numbers."""
         return length
 
+    @property
+    def inputs(self) -> str:
+        """The numbers or letters that the inputs are drawn from, "-50 to 50"; "" where they are of neither."""
+        return ""
+
     def inside(self, question: str) -> bool:
-        """Whether the input of a question is of the numbers or letters that this task draws; always, where it is of
-        neither."""
+        """Whether the input of a question is of these numbers or letters."""
         return True
 
 
@@ -51,6 +55,10 @@ class ArrayProgram(Program):
         """Arrays of uniform numbers: int64 [n, m], and which cells are filled, bool [n, m]; the others are 0."""
         filled = within(size)
         return np.where(filled, self.low + dice.below(self.high - self.low + 1, filled.shape[1]), 0), filled
+
+    @property
+    def inputs(self) -> str:
+        return f"{self.low} to {self.high}"
 
     def inside(self, question: str) -> bool:
         """Whether all numbers of the array are in the range of this task."""
@@ -91,11 +99,14 @@ class StringProgram(Program):
         """Uniform letters: ASCII codes, uint8 [n, columns]."""
         return (dice.below(self.letters, columns) + ord(self.first)).astype(np.uint8)
 
+    @property
+    def inputs(self) -> str:
+        return f"{self.first} to {chr(ord(self.first) + self.letters - 1)}"
+
     def inside(self, question: str) -> bool:
         """Whether all letters of the strings are those of this task."""
-        last = chr(ord(self.first) + self.letters - 1)
         words = "".join(part.split("=")[1] for part in question.split("; ")[:2])
-        return self.first <= min(words) and max(words) <= last
+        return self.first <= min(words) and ord(max(words)) < ord(self.first) + self.letters
 
     @model_validator(mode="after")
     def _to_z(self) -> StringProgram:

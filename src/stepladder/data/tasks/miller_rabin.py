@@ -64,7 +64,7 @@ class MillerRabin(Claim):
             right[right] = _strong(numbers[right], 2) == prime[missing][np.nonzero(right)[0]]
             n[missing] = np.where(right.any(axis=1), numbers[np.arange(len(missing)), right.argmax(axis=1)], 0)
         sure = (n > 0) & (~prime | _is_prime(n))  # else, hardly ever, draw again
-        question = [text("n=", decimals(n[:, None])[:, 0])]
+        question: list[str | np.ndarray] = [text("n=", decimals(n[:, None])[:, 0])]
         if self.rounds:
             bases = 2 + (witnesses % np.maximum(n - 3, 1)[:, None].astype(np.uint64)).astype(np.int64)
             question += ["; w=", joined(bases, np.ones(bases.shape, bool))]
