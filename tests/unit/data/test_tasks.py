@@ -18,7 +18,7 @@ from stepladder.data.tasks.dp_table_stripe import DpTableStripe
 from stepladder.data.tasks.dyck import Dyck
 from stepladder.data.tasks.freivalds import Freivalds
 from stepladder.data.tasks.listops import ListOps
-from stepladder.data.tasks.miller_rabin import MillerRabin, _is_prime, _primes, _products
+from stepladder.data.tasks.miller_rabin import MillerRabin, _is_prime, _passes, _primes, _products, _strong
 from stepladder.data.tasks.mod_add import ModAdd
 from stepladder.data.tasks.nested_loop_count import NestedLoopCount
 from stepladder.data.tasks.parity import Parity
@@ -467,6 +467,13 @@ def test_primes_are_those_of_the_sieve_and_pseudoprimes_are_none():
     assert odd[_is_prime(odd)].tolist() == _primes(200_000)[1:].tolist()
     assert not _is_prime(np.array([2047, 1_373_653, 25_326_001, 3_215_031_751, 0, 1])).any()  # strong to 2, 3, 5, 7
     assert _is_prime(np.array([999_999_999_989])).all()
+
+
+def test_the_check_of_many_numbers_at_once_is_that_of_python():
+    odd = 10**12 - 1 - 2 * np.arange(3000)
+    odd = np.concatenate([odd, _products(12)[-500:], np.arange(13, 999, 2)])
+    for base in (2, 3, 5, 7, 11):
+        assert _strong(odd, base).tolist() == [_passes(n, base) for n in odd.tolist()]
 
 
 def test_composites_have_no_small_factor_and_the_hard_ones_are_among_them():

@@ -13,10 +13,12 @@ from stepladder.data.base import Dice, Examples, Range, task
 from stepladder.data.programs import Claim
 from stepladder.data.symbols import decimals, joined, text, until
 
-_BASES = (2, 3, 5, 7, 11)  # no composite below 2.15e12 is a strong pseudoprime to all (Jaeschke 1993): psi_5
+_BASES = {2: 0, 3: 2047, 5: 1_373_653, 7: 25_326_001, 11: 3_215_031_751}
+# No composite below a number is a strong pseudoprime to all bases before it, none below 2.1e12 to all (Jaeschke 1993).
+_OTHERS = {base: least for base, least in _BASES.items() if base > 2}
 _SMALL = 223092870, 614889782588491410  # products of the primes up to 23, and up to 47
 _COPRIME = np.array([1, 7, 11, 13, 17, 19, 23, 29])  # to 30
-_BLOCKS = (0, 4, 12, 28, 64)  # numbers looked at together until one is right: the first of a block, and of the next
+_BLOCKS = (0, 2, 6, 16, 32, 64)  # numbers looked at together until one is right: the first of a block, and of the next
 _RARE = 20_000  # each of the products below is one in so many composites: not often enough to upset the balance
 
 
@@ -39,7 +41,7 @@ class MillerRabin(Claim):
     axis: ClassVar[str] = "digits"
     alphabet: ClassVar[str] = "0123456789,;= nwprimey"
     smallest: ClassVar[int] = 5
-    largest: ClassVar[int] = 12  # what doubles multiply exactly enough, see _times
+    largest: ClassVar[int] = 12  # what _BASES and doubles are enough for
     growth: ClassVar[tuple[float, ...]] = (1.25, 1.5, 2)
 
     train: Range = (5, 8)
@@ -63,7 +65,7 @@ class MillerRabin(Claim):
             right = numbers > 0
             right[right] = _strong(numbers[right], 2) == prime[missing][np.nonzero(right)[0]]
             n[missing] = np.where(right.any(axis=1), numbers[np.arange(len(missing)), right.argmax(axis=1)], 0)
-        sure = (n > 0) & (~prime | _is_prime(n))  # else, hardly ever, draw again
+        sure = np.where(prime, _is_prime(n, _OTHERS), n > 0)  # else, hardly ever, draw again
         question: list[str | np.ndarray] = [text("n=", decimals(n[:, None])[:, 0])]
         if self.rounds:
             bases = 2 + (witnesses % np.maximum(n - 3, 1)[:, None].astype(np.uint64)).astype(np.int64)
@@ -127,32 +129,40 @@ def _rough(words: np.ndarray, digits: np.ndarray) -> np.ndarray:
     return np.where(fits, n, 0)
 
 
-def _is_prime(n: np.ndarray) -> np.ndarray:
+def _is_prime(n: np.ndarray, bases: dict[int, int] = _BASES) -> np.ndarray:
     """Which of these numbers, 0 or odd and below 10^12, are primes: bool [n]."""
     found = n > 1
-    for base in _BASES:  # few composites get beyond the first
-        left = np.flatnonzero(found & (n != base))
+    for base, least in bases.items():  # few composites get beyond the first
+        left = np.flatnonzero(found & (n != base) & (n >= least))
         found[left] = _strong(n[left], base)
     return found
 
 
 def _strong(n: np.ndarray, base: int) -> np.ndarray:
-    """The check of Miller and Rabin for many odd numbers at once."""
+    """The check of Miller and Rabin for many odd numbers at once.
+
+    A square modulo n is taken without division: the quotient in doubles, less a half, is the right one or one less, and
+    what is left, exact modulo 2^64, is below 2n. That holds for up to 2 base n: less than 2^45.
+    """
     twos = (n - 1) & (1 - n)
-    odd, inverse, power = (n - 1) // twos, 1 / n, np.ones_like(n)
+    odd, inverse = (n - 1) // twos, 1 / n
+    left = np.ones_like(n)
+
+    def square(a: np.ndarray) -> np.ndarray:
+        about = a.astype(float)
+        about *= about
+        about *= inverse
+        about -= 0.5
+        quotient = about.astype(np.int64)
+        quotient *= n
+        return a * a - quotient
+
     for bit in range(int(odd.max(initial=0)).bit_length() - 1, -1, -1):
-        power = _times(power, power, n, inverse)
-        power = np.where(odd >> bit & 1, power * base % n, power)
-    passed = (power == 1) | (power == n - 1)
+        left = square(left)
+        left *= (odd >> bit & 1) * (base - 1) + 1
+    left %= n
+    passed = (left == 1) | (left == n - 1)
     while (twos := twos >> 1).max(initial=0) > 1:
-        power = _times(power, power, n, inverse)
-        passed |= (power == n - 1) & (twos > 1)
+        left = square(left) % n
+        passed |= (left == n - 1) & (twos > 1)
     return passed
-
-
-def _times(a: np.ndarray, b: np.ndarray, n: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """a b modulo n, for a, b < n < 2^40: the quotient in doubles is off by one at most, the rest is exact mod 2^64."""
-    rest = a * b - (a.astype(float) * b * inverse).astype(np.int64) * n
-    rest += n * (rest < 0)
-    rest -= n * (rest >= n)
-    return rest
