@@ -139,8 +139,7 @@ Cells = dict[tuple[str, int], int]
 
 def _walk(files: Sequence[str], templates: Templates, cells: Cells) -> _Columns:
     """All pairs of some files, in order; ``cells`` gets the groups and sizes that it lacks."""
-    kinds = {"file": "H", "line": "L", "byte": "Q", "exact": "Q", "normalised": "Q", "answer": "Q", "cell": "L"}
-    found = [array(kind) for kind in (*kinds.values(), "L")]
+    found = [array(kind) for kind in ("H", "I", "q", "Q", "Q", "Q", "i", "I")]
     for number, file in enumerate(files):
         for line, byte, entry in read_placed(file):
             question, answer, group, size, _ = _pair(file, line, entry, templates)
@@ -149,8 +148,7 @@ def _walk(files: Sequence[str], templates: Templates, cells: Cells) -> _Columns:
             row = (number, line, byte, exact, exact if plain == question else _hash(plain), _hash(answer), cell)
             for column, value in zip(found, (*row, len(question) + len(answer)), strict=True):
                 column.append(value)
-    types = (np.uint16, np.uint32, np.int64, np.uint64, np.uint64, np.uint64, np.int32, np.int64)
-    return _Columns(*(np.array(column, kind) for column, kind in zip(found, types, strict=True)))
+    return _Columns(*map(np.asarray, found))
 
 
 class Pairs:
