@@ -154,7 +154,7 @@ def _walk(files: Sequence[str], templates: Templates, cells: Cells) -> _Columns:
 class Pairs:
     """The pairs of a source: ``train`` and ``held``. Whatever is wrong with a file is a UserError.
 
-    The files are walked through once; of every pair some 50 bytes are kept while that lasts and 14 from then on, never
+    The files are walked through once; of every pair about 120 bytes are kept while that lasts and 14 from then on, never
     its text, so that files need not fit into memory.
     """
 
