@@ -1,9 +1,9 @@
 """CompGen examples per second on one core, written to JSON lines: ``python benchmarks/compgen.py``.
 
 Before anything is timed, a small dataset is verified: every answer by the independent solver, splits, duplicates. Timed
-is the whole of ``stepladder data compgen generate`` with all tasks and its default sizes (train, test and ood splits,
-drawing, removing duplicates, mixing, writing, hashing), in processor time of this one thread, best of several, so that
-other load on the machine counts little. By task: the same with that task alone.
+is the whole of ``stepladder data compgen generate`` with all tasks and its default sizes (all splits, drawing, removing
+duplicates, mixing, writing, hashing), in processor time of this one thread, best of several, so that other load on the
+machine counts little. By task: the same with that task alone.
 """
 
 from __future__ import annotations

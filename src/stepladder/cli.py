@@ -247,19 +247,22 @@ def compgen_generate(
     max_n: Annotated[int, typer.Option(help="longest array in train and test")] = 64,
     split_frac: Annotated[float, typer.Option(help="share of the examples that is for training")] = 0.98,
     ood_n: Annotated[int, typer.Option(help="longest array in ood; 0: no ood split")] = 128,
+    ood_value: Annotated[int, typer.Option(help="largest number, up or down, in value_ood; 0: no such split")] = 500,
+    ood_shift: Annotated[int, typer.Option(help="places to move letters on in alphabet_ood; 0: no such split")] = 13,
     fmt: Annotated[str, typer.Option(help="jsonl or parquet")] = "jsonl",
     hf_repo: Annotated[str | None, typer.Option(help="dataset on the Hugging Face hub, OWNER/NAME")] = None,
     hf_upload: Annotated[bool, typer.Option(help="upload to --hf-repo")] = False,
     hf_private: Annotated[bool, typer.Option(help="make a new --hf-repo private")] = False,
     plugin: Plugins = None,
 ) -> None:
-    """Write train, test and longer-than-trained (ood) splits with a dataset card; and upload them, if asked to."""
+    """Write train, test and out-of-distribution splits (length, values, letters) with a card; upload them, if asked."""
     plugins.load(plugin or ())
     from stepladder.data import compgen, hub
 
     repo = hub.asked(hf_repo, hf_upload)
     tree: dict[str, Any] = {"tasks": _names(tasks), "dataset_size": dataset_size, "seed": seed, "fmt": fmt}
     tree |= {"min_n": min_n, "max_n": max_n, "split_frac": split_frac, "ood_n": ood_n}
+    tree |= {"ood_value": ood_value, "ood_shift": ood_shift}
     with _progress(f"writing {out_dir}", compgen.total(tree)) as advance:
         meta = compgen.generate(tree, out_dir, advance)
     counts = ", ".join(f"{split['examples']:,} {name}" for name, split in meta["splits"].items())

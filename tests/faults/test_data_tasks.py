@@ -109,6 +109,7 @@ GOLDEN = {
     "listops": "(x75(n051)5)=",
     "longest_increasing": "arr=-39,-32,21,48,-37; lis=",
     "majority": "arr=15,15,15,15,15,15,15,15,45,15,15,-28,15,44,-1; majority=",
+    "miller_rabin": "n=94873721; prime=",
     "mod_add": "517+280%556=",
     "multiplication": "6*1=",
     "needle": (

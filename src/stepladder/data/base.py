@@ -18,12 +18,12 @@ from stepladder.core.config import Field, Kinded, register
 from stepladder.core.errors import UserError
 from stepladder.core.keys import Key, below, key
 from stepladder.core.registry import Registry
+from stepladder.data.dice import GOLDEN, Dice, mix
 
 SPLITS = {"test": (0, 1), "valid": (1, 2), "train": (2, 8)}
 """Which of the eight buckets of the canonical question's hash belong to a split: from, to (exclusive)."""
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the step of SplitMix64
-_STRIDE = 0xD1B54A32D192ED03  # the same between the attempts at one item; any other odd constant does
+_STRIDE = 0xD1B54A32D192ED03  # what GOLDEN is in a row, between the attempts at one item; any other odd constant does
 _WORDS = 4  # random words of a candidate; Dice stretches them
 _CHUNK = 4096  # neighbours that are sorted by size
 _SLICE = 2048  # rows drawn together: enough to hide NumPy's overhead, few enough to stay in the cache
@@ -95,49 +95,14 @@ def _stacked(matrices: Sequence[np.ndarray]) -> np.ndarray:
     return stacked[:, : used[-1] + 1 if used.size else 0]
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 that scatters every bit and keeps 0 (the finaliser of SplitMix64; Steele et al. 2014)."""
-    words = words ^ (words >> np.uint64(30))
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
-    return words
-
-
 def _hash(matrix: np.ndarray, salt: int) -> np.ndarray:
     """A 64-bit hash for every row of a uint8 matrix; zeros at the right end of the rows make no difference."""
     padded = np.zeros((len(matrix), -(-matrix.shape[1] // 8) * 8), np.uint8)
     padded[:, : matrix.shape[1]] = matrix
     words = padded.view("<u8")
     # A word of zeros contributes nothing (_mix keeps 0), so a row hashes alike however wide its batch is.
-    odd = _mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(_GOLDEN)) | np.uint64(1)
-    return _mix(_mix(words * odd).sum(axis=1, dtype=np.uint64) ^ np.uint64(salt))
-
-
-class Dice:
-    """Random numbers for a batch of candidates; every call is a fresh throw.
-
-    Row i depends on the i-th candidate's words only, and column j does not depend on how many columns are asked for:
-    so an item is the same whichever batch it is drawn in. (SplitMix64 started at Philox words.)
-    """
-
-    def __init__(self, words: np.ndarray) -> None:
-        self._words = words
-        self._throws = 0
-
-    def words(self, columns: int) -> np.ndarray:
-        """Uniform uint64 [n, columns]."""
-        lap, lane = divmod(self._throws, self._words.shape[1])
-        self._throws += 1
-        steps = np.arange(1, columns + 1, dtype=np.uint64) + np.uint64(lap << 32)
-        return _mix(self._words[:, lane, None] + steps * np.uint64(_GOLDEN))
-
-    def below(self, bound: int | np.ndarray, columns: int | None = None) -> np.ndarray:
-        """Uniform int64 in [0, bound): [n], or [n, columns]. The bound may differ from row to row ([n])."""
-        if columns is None:
-            return below(self.words(1)[:, 0], bound)
-        return below(self.words(columns), bound if isinstance(bound, int) else bound[:, None])
+    odd = mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(GOLDEN)) | np.uint64(1)
+    return mix(mix(words * odd).sum(axis=1, dtype=np.uint64) ^ np.uint64(salt))
 
 
 class Asked(Protocol):
@@ -290,7 +255,7 @@ class Task(Kinded):
             ahead = max(1, min(16, 256 // missing.size))
             steps = np.arange(attempt + 1, attempt + ahead + 1, dtype=np.uint64) * np.uint64(_STRIDE)
             candidates = self.draw(
-                Dice(_mix(words[missing] + steps[:, None, None]).reshape(-1, _WORDS)),
+                Dice(mix(words[missing] + steps[:, None, None]).reshape(-1, _WORDS)),
                 np.tile(sizes[missing], ahead),
             )
             admitted = self.admits(split, candidates).reshape(ahead, -1)

@@ -16,10 +16,10 @@ Input `x` and output `y` of programs whose time and space are known, made by Ste
 
 {splits}
 
-- **Splits by content.** An example is in test (and ood) if the hash of its question says so, else in train: whatever
-  seed is used, no test question can be in train. No question occurs twice.
-- **ood** has larger sizes than train and test: what is trained short is tested long.
-- **Order.** Tasks alternate: in every {count} rows in a row each occurs once, in a random order.
+- **Splits by content.** An example is in train only if the hash of its question says so, in all other splits only if
+  it says otherwise: whatever seed is used, no test question can be in train. No question occurs twice.
+{beyond}
+- **Order.** Tasks alternate: in every {count} rows of train in a row each occurs once, in a random order.
 - **Answers** agree with a second, independent solver: `stepladder data compgen verify DIR`.
 
 Made by {generator}, byte for byte again by
@@ -30,6 +30,12 @@ Made by {generator}, byte for byte again by
 
 {files}
 """
+
+_BEYOND = {
+    "ood": "has larger sizes than train and test: what is trained short is tested long.",
+    "value_ood": "has the sizes of train, and in every array numbers beyond those of train.",
+    "alphabet_ood": "has the sizes of train, and none of the letters of train, but as many others.",
+}
 
 
 def card(meta: dict[str, Any], examples: dict[str, tuple[str, str]]) -> str:
@@ -50,6 +56,7 @@ def card(meta: dict[str, Any], examples: dict[str, tuple[str, str]]) -> str:
             ]
         ),
         splits=_splits(meta),
+        beyond="\n".join(f"- **{name}** {what}" for name, what in _BEYOND.items() if name in meta["splits"]),
         count=len(meta["tasks"]),
         generator=meta["generator"],
         command=_command(meta["config"]),
@@ -74,10 +81,17 @@ def _splits(meta: dict[str, Any]) -> str:
     names = list(meta["splits"])
     head = ["sizes of", *names]
     rows = [["examples", *(f"{split['examples']:,}" for split in meta["splits"].values())]]
-    for task in meta["tasks"]:
-        ranges = (split["sizes"][task] for split in meta["splits"].values())
-        rows.append([task, *(f"{low} to {high}" for low, high in ranges)])
+    rows += [[task, *(_range(split, task) for split in meta["splits"].values())] for task in meta["tasks"]]
     return _table(rows, head)
+
+
+def _range(split: dict[str, Any], task: str) -> str:
+    """Sizes of a task in a split, and what its inputs are drawn from; "" if it is not there."""
+    if task not in split["sizes"]:
+        return ""
+    low, high = split["sizes"][task]
+    inputs = split["inputs"].get(task)
+    return f"{low} to {high}" + (f" of {inputs}" if inputs else "")
 
 
 def _command(config: dict[str, Any]) -> str:

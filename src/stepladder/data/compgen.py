@@ -1,12 +1,16 @@
-"""CompGen as files: programs with a declared complexity, in train, test and longer-than-trained (ood) splits.
+"""CompGen as files: programs with a declared complexity, in train, test and three kinds of out-of-distribution splits.
 
-    OUT/train.jsonl test.jsonl ood.jsonl   {"task", "complexity", "x", "y", "meta": {"n": size, "i": index}}
-    OUT/meta.json                          configuration, sizes, counts, SHA-256 of every file, licence
-    OUT/README.md                          the same for people: the dataset card
+    OUT/train.jsonl test.jsonl   {"task", "complexity", "x", "y", "meta": {"n": size, "i": index}}
+    OUT/ood.jsonl                the same, with longer inputs than in train
+    OUT/value_ood.jsonl          sizes as in train; of every array, some numbers are beyond the range of train
+    OUT/alphabet_ood.jsonl       sizes as in train; other letters than in train, as many
+    OUT/meta.json                configuration, sizes, counts, SHA-256 of every file, licence
+    OUT/README.md                the same for people: the dataset card
 
 The rows are those of ``Task.batch``: train and test by the hash of the question, so they are disjoint, and from a run
-that trains on the same tasks without end, too. No task has a question twice. Tasks alternate: every T rows, of T tasks,
-hold each task once, in a random order. The folder appears by one rename, and the same command writes the same bytes.
+that trains on the same tasks without end, too; the others are disjoint from train by hash and by what they are. No task
+has a question twice, in whichever splits. Tasks alternate: every T rows, of T tasks, hold each task once, in a random
+order. The folder appears by one rename, and the same command writes the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from stepladder.core.files import read_json, write_atomic, write_json
 from stepladder.core.keys import key
 from stepladder.data.base import Examples, codes
 from stepladder.data.card import card
-from stepladder.data.programs import Program, question_of, record
+from stepladder.data.programs import ArrayProgram, Program, StringProgram, question_of, record
 from stepladder.data.rowfiles import Row, building, reader, sha256, writer
 from stepladder.data.tasks import TASKS
 
@@ -49,6 +53,12 @@ class CompGen(Config):
     max_n: int = Field(64, ge=1, description="longest array in train and test")
     split_frac: float = Field(0.98, gt=0, lt=1, description="share of dataset_size that is for training")
     ood_n: int = Field(128, ge=0, description="longest array in ood, which has as many examples as test; 0: no ood")
+    ood_value: int = Field(
+        500, ge=0, le=999_999, description="largest number, up or down, in value_ood, which has arrays only; 0: none"
+    )
+    ood_shift: int = Field(
+        13, ge=0, le=22, description="places that the letters of alphabet_ood, strings only, are moved on by; 0: none"
+    )
     fmt: Literal["jsonl", "parquet"] = Field("jsonl", description="format of the files")
 
     @model_validator(mode="after")
@@ -72,7 +82,40 @@ class CompGen(Config):
             "train": ("train", max(1, self.dataset_size - test), self.min_n, self.max_n),
             "test": ("test", test, self.min_n, self.max_n),
         }
-        return found | ({"ood": ("test", test, self.max_n + 1, self.ood_n)} if self.ood_n else {})
+        if self.ood_n:
+            found["ood"] = ("test", test, self.max_n + 1, self.ood_n)
+        return found | {name: found["test"] for name in ("value_ood", "alphabet_ood") if self.variants(name)}
+
+    def variants(self, name: str) -> list[Program]:
+        """The tasks as they are in the split ``name``; there may be none. A flawed value is a UserError."""
+        found = [self.variant(name, program) for program in self.programs()]
+        return [program for program in found if program is not None]
+
+    def variant(self, name: str, program: Program) -> Program | None:
+        """A task as it is in the split ``name``; None if it is not."""
+        if name == "value_ood":
+            if not self.ood_value or not isinstance(program, ArrayProgram):
+                return None
+            if self.ood_value <= (least := max(-program.low, program.high)):
+                raise UserError(
+                    f"ood_value = {self.ood_value} must be above the {least} of train, or 0 for no value_ood"
+                )
+            return _with(program, low=-self.ood_value, high=self.ood_value)
+        if name == "alphabet_ood":
+            if not self.ood_shift or not isinstance(program, StringProgram):
+                return None
+            if self.ood_shift < program.letters:
+                raise UserError(
+                    f"ood_shift = {self.ood_shift} must be at least {program.letters}, the letters of"
+                    f" '{program.kind}', or 0 for no alphabet_ood"
+                )
+            return _with(program, first=chr(ord(program.first) + self.ood_shift))
+        return program
+
+
+def _with(program: Program, **fields: Any) -> Program:
+    """The task with other fields."""
+    return validate(type(program), {**program.model_dump(), **fields}, program.kind)
 
 
 def names() -> list[str]:
@@ -101,7 +144,11 @@ def generate(tree: dict[str, Any], out: str | Path, advance: Advance = int) -> d
         return _same(config, out)
     opened = writer(config.fmt)
     plan = {
-        name: [_Unique(program, config, split, _sizes(program, name, low, high), count) for program in programs]
+        name: [
+            _Unique(mine, config, split, _sizes(mine, name, low, high), count, program)
+            for program in programs
+            if (mine := config.variant(name, program)) is not None
+        ]
         for name, (split, count, low, high) in config.splits().items()
     }
     with building(out) as folder:
@@ -114,9 +161,10 @@ def generate(tree: dict[str, Any], out: str | Path, advance: Advance = int) -> d
                     advance(len(rows))
             splits[name] = {
                 "file": file.name,
-                "examples": count * len(programs),
+                "examples": count * len(sources),
                 "of_each_task": count,
                 "sizes": {source.program.kind: list(source.sizes) for source in sources},
+                "inputs": {source.program.kind: source.program.inputs for source in sources if source.program.inputs},
                 "bytes": file.stat().st_size,
                 "sha256": sha256(file),
             }
@@ -136,11 +184,13 @@ def generate(tree: dict[str, Any], out: str | Path, advance: Advance = int) -> d
 def verify(folder: str | Path, every: int = 1, advance: Advance = int) -> dict[str, int]:
     """Check a dataset that ``generate`` wrote; returns how many rows each split has. The first flaw is a UserError.
 
-    Files must be those of meta.json (SHA-256); every row in its split by the hash of its question, with a size of that
-    split; no question may occur twice; and every ``every``-th answer is worked out anew, in plain Python.
+    Files must be those of meta.json (SHA-256); every row in its split by the hash of its question, with a size and with
+    numbers or letters of that split; no question may occur twice, in whichever splits; and every ``every``-th answer is
+    worked out anew, in plain Python.
     """
     folder = Path(folder)
     meta = _meta(folder)
+    config = validate(CompGen, meta["config"], str(folder / "meta.json"))
     hashes: defaultdict[str, list[np.ndarray]] = defaultdict(list)
     found = {}
     for name, about in meta["splits"].items():
@@ -149,10 +199,10 @@ def verify(folder: str | Path, every: int = 1, advance: Advance = int) -> dict[s
         counts: Counter[str] = Counter()
         for start, block in reader(file):
             for task, mine in _by_task(block).items():
-                hashes[task].append(_check(file, name, about, start, block, mine, every))
+                hashes[task].append(_check(config, file, name, about, start, block, mine, every))
                 counts[task] += len(mine)
             advance(len(block))
-        if counts != dict.fromkeys(meta["tasks"], about["of_each_task"]):
+        if counts != dict.fromkeys(about["sizes"], about["of_each_task"]):
             raise UserError(f"{file} has other numbers of rows than meta.json says; generate it again")
         found[name] = counts.total()
     for task, parts in hashes.items():
@@ -163,7 +213,14 @@ def verify(folder: str | Path, every: int = 1, advance: Advance = int) -> dict[s
 
 
 def _check(
-    file: Path, split: str, about: dict[str, Any], start: int, block: list[Row], places: list[int], every: int
+    config: CompGen,
+    file: Path,
+    split: str,
+    about: dict[str, Any],
+    start: int,
+    block: list[Row],
+    places: list[int],
+    every: int,
 ) -> np.ndarray:
     """The fingerprints of the rows of one task at ``places`` of a block, before which the file has ``start`` rows."""
     task, mine = program(block[places[0]][0]), [block[place] for place in places]
@@ -173,8 +230,10 @@ def _check(
             raise UserError(f"{file}, row {start + place + 1}: the answer to '{question}' is {right}, not {answer}")
     size = np.array([row[3] for row in mine])
     examples = Examples(codes([question for question, _ in pairs]), codes([answer for _, answer in pairs]), size)
-    low, high = about["sizes"][task.kind]
-    wrong = ~task.admits("train" if split == "train" else "test", examples) | (size < low) | (size > high)
+    low, high = about["sizes"].get(task.kind, (0, -1))
+    variant = config.variant(split, task) or task
+    inside = np.array([variant.inside(q) and (variant == task or not task.inside(q)) for q, _ in pairs])
+    wrong = ~inside | ~task.admits("train" if split == "train" else "test", examples) | (size < low) | (size > high)
     if wrong.any():
         place = places[int(wrong.argmax())]
         raise UserError(f"{file}, row {start + place + 1}: does not belong to the {split} split")
@@ -228,13 +287,19 @@ def count(folder: str | Path) -> int:
 def total(tree: dict[str, Any]) -> int:
     """How many rows ``generate`` will write."""
     config = validate(CompGen, tree, "compgen")
-    return len(config.programs()) * sum(count for _, count, *_ in config.splits().values())
+    return sum(count * len(config.variants(name)) for name, (_, count, *_) in config.splits().items())
 
 
 class _Unique:
-    """The examples of one task in one split, none of whose questions came before."""
+    """The examples of one task in one split, none of whose questions came before.
 
-    def __init__(self, program: Program, config: CompGen, split: str, sizes: tuple[int, int], wanted: int) -> None:
+    ``trained`` is the task as it is in train: if it is another, questions that are like those of train are left out.
+    """
+
+    def __init__(
+        self, program: Program, config: CompGen, split: str, sizes: tuple[int, int], wanted: int, trained: Program
+    ) -> None:
+        self._trained = None if trained == program else trained
         self.program, self.seed, self.split, self.sizes, self.wanted = program, config.seed, split, sizes, wanted
         self._next = self._given = 0
         self._rows: list[Row] = []
@@ -247,6 +312,9 @@ class _Unique:
             ahead = min(_DRAW, self.wanted - self._given - len(self._rows))
             index = np.arange(self._next, self._next + ahead)
             examples = self.program.batch(self.seed, self.split, index, self.sizes)
+            if self._trained is not None:
+                beyond = np.array([not self._trained.inside(question) for question in examples.questions()])
+                examples, index = examples.take(beyond), index[beyond]
             new = self._new(self.program.fingerprints(examples))
             self._rows += _rows(self.program, examples.take(new), index[new])
             self._next += ahead
@@ -307,7 +375,7 @@ def _mixed(sources: list[_Unique], seed: int, name: str) -> Iterator[list[Row]]:
 
 def _sizes(program: Program, name: str, low: int, high: int) -> tuple[int, int]:
     """The sizes of a task that stand for arrays of ``low`` to ``high`` numbers."""
-    if name != "ood":
+    if name != "ood":  # in the other splits sizes are those of train
         return program.sized(low), program.sized(high)
     sizes = program.sized(low - 1) + 1, program.sized(high)
     if sizes[0] > sizes[1]:

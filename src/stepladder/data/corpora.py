@@ -39,6 +39,7 @@ _LIMIT = 10_000  # characters in a document of a .txt file
 _VALID = 16  # one document in so many is for validation
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REPLACED = "\ufffd"
+_MARK = b"\xef\xbb\xbf"  # a byte-order mark
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def clean(raw: bytes | str, counts: Counter[str]) -> str:
 
 def _lines(handle: IO[bytes], counts: Counter[str]) -> Iterator[str]:
     for number, line in enumerate(handle):
-        if number == 0 and line.startswith(b"\xef\xbb\xbf"):
+        if number == 0 and line.startswith(_MARK):
             counts["byte_order_marks"] += 1
             line = line[3:]
         yield clean(line, counts)
@@ -239,21 +240,52 @@ def _jsonl(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[str]:
 def _objects(handle: IO[bytes], path: str, counts: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file of JSON lines, each with the number of its line."""
     for number, line in enumerate(_lines(handle, counts), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"text source '{path}', line {number}: not JSON ({error})") from error
-        yield number, entry if isinstance(entry, dict) else {}
+        if line.strip():
+            yield number, _object(line, path, number)
+
+
+def _object(line: str, path: str, number: int) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"text source '{path}', line {number}: not JSON ({error})") from error
+    return entry if isinstance(entry, dict) else {}
 
 
 def read_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a .jsonl or .jsonl.gz file, each with the number of its line; what is no object counts as {}."""
-    if not path.removesuffix(".gz").endswith(".jsonl"):
-        raise UserError(f"source '{path}' must end in .jsonl or .jsonl.gz")
+    _of_lines(path)
     with _open(path) as handle:
         yield from _objects(handle, path, Counter())
+
+
+def read_placed(path: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """``read_rows``, and between number and object the byte, of what is unpacked, at which the line begins."""
+    _of_lines(path)
+    with _open(path) as handle:
+        place = 0
+        for number, line in enumerate(handle, start=1):
+            text = _placed(line, place)
+            if text.strip():
+                yield number, place, _object(text, path, number)
+            place += len(line)
+
+
+def read_at(path: str, places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects at some ``places``, (number, byte) of ``read_placed`` in rising order, each with its number."""
+    with _open(path) as handle:
+        for number, place in places:
+            handle.seek(place)
+            yield number, _object(_placed(handle.readline(), place), path, number)
+
+
+def _placed(line: bytes, place: int) -> str:
+    return clean(line if place else line.removeprefix(_MARK), Counter())
+
+
+def _of_lines(path: str) -> None:
+    if not path.removesuffix(".gz").endswith(".jsonl"):
+        raise UserError(f"source '{path}' must end in .jsonl or .jsonl.gz")
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

@@ -10,21 +10,24 @@ A held-out question is asked once, however often it occurs.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 import string
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stepladder.core.config import digest
 from stepladder.core.errors import UserError
-from stepladder.core.keys import Key, key, permute
+from stepladder.core.keys import key, permute
 from stepladder.data.base import Examples, Sizes, codes
-from stepladder.data.corpora import clean, content, normalise, read_rows
-from stepladder.data.tokenizers import BOS, EOS, IGNORE, PAD, Tokenizer
+from stepladder.data.corpora import clean, content, normalise, read_at, read_placed
 
 _HELD = 16  # one question in so many is held out
 
@@ -59,6 +62,15 @@ class _Fields(string.Formatter):
         return str(super().format_field(value, format_spec))
 
 
+_FIELDS = _Fields()
+_UNCOUNTED: Counter[str] = Counter()  # of the cleaning, which nobody asks for
+
+
+@lru_cache
+def _pieces(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    return list(_FIELDS.parse(template))
+
+
 def fields(template: str) -> list[str]:
     """The names of the fields that a template fills in; a flawed one is a ValueError."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
@@ -67,27 +79,117 @@ def fields(template: str) -> list[str]:
     return names
 
 
+class Shelf:
+    """Pairs that stay in their files until they are asked for: where each begins, in 14 bytes."""
+
+    def __init__(self, files: Sequence[str], templates: Templates, columns: _Columns) -> None:
+        self._files, self._templates = tuple(files), templates
+        self._file, self._line, self._byte = columns.file, columns.line, columns.byte
+        self._stamps = [_stamp(file) for file in files]
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """All pairs, in order, read anew."""
+        return self._read(np.arange(len(self)))
+
+    def take(self, rows: np.ndarray) -> list[Pair]:
+        """The pairs at ``rows``, different positions in any order."""
+        order = np.argsort(rows)
+        found = dict(zip(order.tolist(), self._read(rows[order]), strict=True))
+        return [found[place] for place in range(len(rows))]
+
+    def _read(self, rows: np.ndarray) -> Iterator[Pair]:
+        for number, file in enumerate(self._files):
+            mine = rows[self._file[rows] == number]
+            if len(mine):
+                if _stamp(file) != self._stamps[number]:
+                    raise UserError(f"pairs '{file}' was changed while it was in use; start again")
+                places = ((int(self._line[row]), int(self._byte[row])) for row in mine)
+                for line, entry in read_at(file, places):
+                    yield _pair(file, line, entry, self._templates)
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    about = os.stat(file)
+    return about.st_size, about.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What a walk over files keeps of every pair: where it is, 64-bit hashes of its question, of that but for case and
+    white space and of its answer, the place of its group and size in a list, and how many characters it has."""
+
+    file: np.ndarray
+    line: np.ndarray
+    byte: np.ndarray
+    exact: np.ndarray
+    normalised: np.ndarray
+    answer: np.ndarray
+    cell: np.ndarray
+    characters: np.ndarray
+
+    def take(self, rows: np.ndarray) -> _Columns:
+        return _Columns(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+
+Cells = dict[tuple[str, int], int]
+
+
+def _walk(files: Sequence[str], templates: Templates, cells: Cells) -> _Columns:
+    """All pairs of some files, in order; ``cells`` gets the groups and sizes that it lacks."""
+    found = [array(kind) for kind in ("H", "I", "q", "Q", "Q", "Q", "i", "I")]
+    for number, file in enumerate(files):
+        for line, byte, entry in read_placed(file):
+            question, answer, group, size, _ = _pair(file, line, entry, templates)
+            exact, plain = _hash(question), normalise(question)
+            cell = cells.setdefault((group, size), len(cells))
+            row = (number, line, byte, exact, exact if plain == question else _hash(plain), _hash(answer), cell)
+            for column, value in zip(found, (*row, len(question) + len(answer)), strict=True):
+                column.append(value)
+    return _Columns(*map(np.asarray, found))
+
+
 class Pairs:
-    """The pairs of a source: ``train`` and ``held``, read once. Whatever is wrong with a file is a UserError."""
+    """The pairs of a source: ``train`` and ``held``. Whatever is wrong with a file is a UserError.
+
+    The files are walked through once; of every pair about 120 bytes are kept while that lasts and 14 from then on, never
+    its text, so that files need not fit into memory.
+    """
 
     def __init__(self, path: str, valid: Sequence[str], templates: Templates) -> None:
-        self.train = list(_read(path, templates))
+        cells: Cells = {}
+        train = _walk((path,), templates, cells)
         if valid:
-            held = [pair for file in valid for pair in _read(file, templates)]
+            held = _walk(valid, templates, cells)
         else:
-            sides = [_hash(normalise(pair.question)) % _HELD == 0 for pair in self.train]
-            held = [pair for pair, side in zip(self.train, sides, strict=True) if side]
-            self.train = [pair for pair, side in zip(self.train, sides, strict=True) if not side]
-        if not self.train or not held:
-            what = "no pair" if not self.train and not held else "too few pairs to hold some out"
+            sides = train.normalised % np.uint64(_HELD) == 0
+            train, held = train.take(~sides), train.take(sides)
+        if not len(train.file) or not len(held.file):
+            what = "too few pairs to hold some out" if len(train.file) or len(held.file) else "no pair"
             raise UserError(f"pairs '{path}' have {what}; give another file, or one of its own as 'valid'")
-        self.held = _once(held)
+        held = held.take(_once(held, valid or (path,)))
+        self.train, self.held = Shelf((path,), templates, train), Shelf(valid or (path,), templates, held)
         files = [content(file) for file in (path, *valid)]
         self.digest = digest({"files": files, "templates": list(templates)})
-        trained, held_by = _by_group(self.train), _by_group(self.held)
-        self.quizzes = {
-            group: Quiz(group, held_by[group], trained.get(group, []), templates.final) for group in sorted(held_by)
-        }
+        self._characters = {"train": int(train.characters.sum()), "valid": int(held.characters.sum())}
+        names = list(cells)
+        groups, sizes = np.array([group for group, _ in names]), np.array([size for _, size in names])
+        longest = dict.fromkeys(groups.tolist(), -1)
+        for cell in np.unique(train.cell).tolist():
+            longest[names[cell][0]] = max(longest[names[cell][0]], names[cell][1])
+        chances = _chances(train, held, groups)
+        exact, normalised = np.isin(held.exact, train.exact), np.isin(held.normalised, train.normalised)
+        self.quizzes: dict[str, Quiz] = {}
+        self._overlap: dict[str, dict[str, int]] = {}
+        for group in sorted({names[cell][0] for cell in np.unique(held.cell).tolist()}):
+            rows = np.flatnonzero((groups == group)[held.cell])
+            chance = {names[cell][1]: chances[cell] for cell in np.unique(held.cell[rows]).tolist()}
+            quiz = Quiz(group, self.held, rows, sizes[held.cell[rows]], longest[group], chance, templates.final)
+            self.quizzes[group] = quiz
+            shared = {"exact": int(exact[rows].sum()), "normalised": int(normalised[rows].sum())}
+            self._overlap[group] = {"questions": len(rows), **shared}
 
     def documents(self, split: str) -> Iterator[str]:
         """Question and answer of every pair of "train" or "valid" (what is held out)."""
@@ -95,86 +197,128 @@ class Pairs:
 
     def characters(self, split: str) -> int:
         """How many characters ``documents`` gives."""
-        return sum(map(len, self.documents(split)))
+        return self._characters[split]
 
     def alphabet(self) -> set[str]:
         """Every character that occurs."""
-        return set().union(*self.documents("train"), *self.documents("valid"))
+        found: set[str] = set()
+        for split in ("train", "valid"):
+            for text in self.documents(split):
+                found.update(text)
+        return found
 
     def overlap(self) -> dict[str, dict[str, int]]:
         """By group: how many held-out ``questions`` there are, and how many of them are in the training pairs, as they
         stand (``exact``) and but for case and white space (``normalised``)."""
-        exact = {pair.question for pair in self.train}
-        normalised = set(map(normalise, exact))
-        return {
-            group: {
-                "questions": len(quiz.pairs),
-                "exact": sum(pair.question in exact for pair in quiz.pairs),
-                "normalised": sum(normalise(pair.question) in normalised for pair in quiz.pairs),
-            }
-            for group, quiz in self.quizzes.items()
-        }
+        return self._overlap
+
+
+def _once(held: _Columns, files: Sequence[str]) -> np.ndarray:
+    """The rows whose question did not occur before; one that comes again with another answer is a UserError."""
+    _, first, same = np.unique(held.exact, return_index=True, return_inverse=True)
+    if (other := np.flatnonzero(held.answer != held.answer[first][same])).size:
+        again, before = (
+            f"'{files[held.file[row]]}', line {held.line[row]}" for row in (other[0], first[same[other[0]]])
+        )
+        raise UserError(f"pairs {again}: the question of {before} has another answer here")
+    return np.sort(first)
+
+
+def _chances(train: _Columns, held: _Columns, groups: np.ndarray) -> dict[int, float]:
+    """What ``Quiz.chance`` says, by held-out cell."""
+    by_cell = np.argsort(train.cell, kind="stable")
+    edges = np.searchsorted(train.cell[by_cell], np.arange(len(groups) + 1))
+
+    def trained(cell: int) -> np.ndarray:
+        return np.unique(train.answer[by_cell[edges[cell] : edges[cell + 1]]])
+
+    found = {}
+    for cell in np.unique(held.cell).tolist():
+        cells = [cell] if edges[cell] < edges[cell + 1] else np.flatnonzero(groups == groups[cell]).tolist()
+        asked, times = np.unique(held.answer[np.isin(held.cell, cells)], return_counts=True)
+        learnt = np.unique(np.concatenate([trained(one) for one in cells]))
+        mine = held.answer[held.cell == cell]
+        elsewhere = np.isin(mine, learnt) | (times[np.searchsorted(asked, mine)] > 1)
+        found[cell] = float(elsewhere.mean()) / len(np.union1d(asked, learnt))
+    return found
 
 
 class Quiz:
     """The held-out pairs of a group: what the suites of tasks ask and score (see ``Asked``).
 
-    Sizes up to the longest that the group was trained on are iid, those beyond are ood, and so are all of a group that
-    was not trained on.
+    ``rows`` [n]: its places on the shelf, of these ``sizes`` [n]; ``chance`` by size. Sizes up to the ``longest`` that
+    the group was trained on are iid, those beyond are ood, and so are all of a group that was not trained on.
     """
 
-    def __init__(self, group: str, pairs: list[Pair], trained: list[Pair], final: str | None = None) -> None:
-        self.group, self.pairs, self._final = group, pairs, final
-        self._answer = {pair.question: pair.answer for pair in pairs}
-        self._known: defaultdict[int, set[str]] = defaultdict(set)  # answers by size
-        for pair in (*pairs, *trained):
-            self._known[pair.size].add(pair.answer)
-        sizes = sorted({pair.size for pair in pairs})
-        longest = max((pair.size for pair in trained), default=-1)
-        self.iid: Sizes = tuple(size for size in sizes if size <= longest)
-        self.ood: Sizes = tuple(size for size in sizes if size not in self.iid)
+    def __init__(
+        self,
+        group: str,
+        shelf: Shelf,
+        rows: np.ndarray,
+        sizes: np.ndarray,
+        longest: int,
+        chance: Mapping[int, float],
+        final: str | None = None,
+    ) -> None:
+        self.group, self._shelf, self._rows, self._sizes = group, shelf, rows, sizes
+        self._chance, self._final = chance, final
+        self._read: dict[int, Pair] = {}  # what was asked for, by row
+        self._answer: dict[str, str] = {}
+        different = np.unique(sizes).tolist()
+        self.iid: Sizes = tuple(size for size in different if size <= longest)
+        self.ood: Sizes = tuple(size for size in different if size > longest)
 
     def items(self, seed: int, samples: int) -> tuple[Examples, np.ndarray]:
         """At most ``samples`` pairs of every size, chosen by the seed; and the place of each among its size's."""
         parts = []
         for size in self.iid + self.ood:
-            mine = [pair for pair in self.pairs if pair.size == size]
-            order = permute(key(seed, "data", "pairs", self.group, size), len(mine), np.arange(len(mine)))
-            parts.append(_examples([mine[place] for place in order[:samples].tolist()]))
+            mine = self._rows[self._sizes == size]
+            parts.append(mine[permute(key(seed, "data", "pairs", self.group, size), len(mine), np.arange(len(mine)))])
+            parts[-1] = parts[-1][:samples]
         index = np.concatenate([np.arange(len(part)) for part in parts])
-        return Examples.join(parts), index
+        return _examples(self._fetch(np.concatenate(parts))), index
 
     def glance(self, seed: int, samples: int) -> Examples:
         """At most ``samples`` pairs of the sizes trained on (of all, if it was not trained on), chosen by the seed."""
-        known = [pair for pair in self.pairs if pair.size in self.iid] or self.pairs
+        known = self._rows[np.isin(self._sizes, self.iid)] if self.iid else self._rows
         order = permute(key(seed, "data", "pairs", self.group), len(known), np.arange(len(known)))
-        return _examples([known[place] for place in order[:samples].tolist()])
+        return _examples(self._fetch(known[order[:samples]]))
 
     def verify(self, question: str, output: str) -> bool:
         """Whether ``output`` is the answer, character for character."""
-        return output == self._answer[question]
+        return output == self.solve(question)
 
     def marks(self, question: str, output: str) -> dict[str, float]:
         """``final``: whether the result is right, whatever the steps before it, where such a mark is set."""
         if self._final is None:
             return {}
-        wanted, given = (text.rpartition(self._final)[2] for text in (self._answer[question], output))
+        wanted, given = (text.rpartition(self._final)[2] for text in (self.solve(question), output))
         return {"final": float(wanted == given)}
 
     def solve(self, question: str) -> str:
         """The answer."""
+        if question not in self._answer:
+            self._fetch(self._rows)
         return self._answer[question]
 
     def chance(self, size: int) -> float:
-        """The accuracy of guessing uniformly among all answers that occur at ``size``, trained on or held out."""
-        return 1 / len(self._known[size])
+        """The accuracy at ``size`` of guessing uniformly among the answers that are known without the question's own.
 
+        Known are the answers of the group at that size, trained on or asked in another held-out question; at a size
+        that the group was not trained on, those of the group at any size. So an answer that nothing else has cannot be
+        guessed: a group with a few questions of its own, all answered differently, is at 0, and one of yes and no at
+        a half, whether it was trained on or not.
+        """
+        return self._chance[size]
 
-def _by_group(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    found: defaultdict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        found[pair.group].append(pair)
-    return dict(found)
+    def _fetch(self, rows: np.ndarray) -> list[Pair]:
+        """The pairs at some rows; those asked for before are not read again."""
+        new = np.array([row for row in rows.tolist() if row not in self._read], np.int64)
+        if len(new):
+            pairs = self._shelf.take(new)
+            self._read.update(zip(new.tolist(), pairs, strict=True))
+            self._answer.update((pair.question, pair.answer) for pair in pairs)
+        return [self._read[row] for row in rows.tolist()]
 
 
 def _examples(pairs: Sequence[Pair]) -> Examples:
@@ -182,23 +326,31 @@ def _examples(pairs: Sequence[Pair]) -> Examples:
     return Examples(*texts, size=np.array([pair.size for pair in pairs], np.int64))
 
 
-def _read(path: str, templates: Templates) -> Iterator[Pair]:
-    """The pairs of a file, in order."""
-    for number, row in read_rows(path):
-        place = f"'{path}', line {number}"
-        question, answer = (_text(template, row, place) for template in templates[:2])
-        answer = answer.strip()
-        if not question or not answer:
-            raise UserError(f"pairs {place}: the {'answer' if question else 'question'} is empty")
-        group, size = (template and _text(template, row, place) for template in templates[2:4])
-        if size is not None and not size.isdecimal():
-            raise UserError(f"pairs {place}: the size '{size}' is no whole number")
-        yield Pair(question, answer, group or "", int(size or 0), place)
+def _pair(path: str, number: int, row: Mapping[str, Any], templates: Templates) -> Pair:
+    """What a line of a file holds."""
+    place = f"'{path}', line {number}"
+    question, answer = (_text(template, row, place) for template in templates[:2])
+    answer = answer.strip()
+    if not question or not answer:
+        raise UserError(f"pairs {place}: the {'answer' if question else 'question'} is empty")
+    group, size = (template and _text(template, row, place) for template in templates[2:4])
+    if size is not None and not size.isdecimal():
+        raise UserError(f"pairs {place}: the size '{size}' is no whole number")
+    return Pair(question, answer, group or "", int(size or 0), place)
 
 
 def _text(template: str, row: Mapping[str, Any], place: str) -> str:
+    """A template filled in, as ``string.Formatter`` does, but in a third of the time where there is nothing special."""
+    filled = []
     try:
-        return clean(_Fields().vformat(template, (), row), Counter())
+        for literal, name, spec, conversion in _pieces(template):
+            filled.append(literal)
+            if spec or conversion:
+                return clean(_FIELDS.vformat(template, (), row), _UNCOUNTED)
+            if name is not None:
+                value = row[name] if name.isidentifier() else _FIELDS.get_field(name, (), row)[0]
+                filled.append(value if isinstance(value, str) else _FIELDS.format_field(value, ""))
+        return clean("".join(filled), _UNCOUNTED)
     except KeyError as error:
         has = ", ".join(row) or "no fields"
         raise UserError(f"pairs {place}: '{template}' asks for {error}, the line has {has}") from error
@@ -206,76 +358,5 @@ def _text(template: str, row: Mapping[str, Any], place: str) -> str:
         raise UserError(f"pairs {place}: '{template}' cannot be filled in ({error})") from error
 
 
-def _once(pairs: list[Pair]) -> list[Pair]:
-    """The pairs whose question did not occur before; one that comes again with another answer is a UserError."""
-    first: dict[str, Pair] = {}
-    for pair in pairs:
-        known = first.setdefault(pair.question, pair)
-        if known.answer != pair.answer:
-            raise UserError(f"pairs {pair.place}: the question of {known.place} has another answer here")
-    return list(first.values())
-
-
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
-
-# Rows ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Pairs in rows of ``length`` tokens at most, one row after the other.
-
-    ``tokens`` [N]: of every pair ``[BOS] question answer [EOS]``. ``scored`` [N]: answers and EOS. ``starts`` [R + 1]:
-    where each row begins, and the end.
-    """
-
-    tokens: np.ndarray
-    scored: np.ndarray
-    starts: np.ndarray
-    length: int
-
-    @property
-    def windows(self) -> int:
-        """How many rows there are."""
-        return len(self.starts) - 1
-
-    def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The rows ``numbers`` [B]: int64 (tokens, targets, documents), each ``[B, length]``, as ``packing.pack``."""
-        places = self.starts[numbers][:, None] + np.arange(self.length + 1)
-        beyond = places >= self.starts[numbers + 1][:, None]
-        places[beyond] = 0
-        wide = np.where(beyond, PAD, self.tokens[places].astype(np.int64))
-        targets = np.where(self.scored[places] & ~beyond, wide, IGNORE)[:, 1:]
-        begins = (wide == BOS) | np.diff(beyond, axis=1, prepend=False)
-        return wide[:, :-1], targets, np.cumsum(begins[:, :-1], axis=1) - 1
-
-
-def packed(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int, secret: Key) -> Packed:
-    """All pairs, once each, in rows: in an order of ``secret``, a row ends where the next pair does not fit.
-
-    A pair longer than a row is a UserError, never cut or skipped.
-    """
-    order = permute(secret, len(pairs), np.arange(len(pairs)))
-    texts = [pairs[place] for place in order.tolist()]
-    questions = tokenizer.encode_all([pair.question for pair in texts])
-    answers = tokenizer.encode_all([pair.answer for pair in texts])
-    sizes = np.array([len(q) + len(a) + 2 for q, a in zip(questions, answers, strict=True)])
-    if (longest := int(sizes.max())) > length:
-        raise UserError(
-            f"pairs {texts[int(sizes.argmax())].place}: {longest} tokens do not fit into rows of {length};"
-            f" set data.sequence to at least {longest}, or leave long pairs out"
-        )
-    kind = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
-    ends = np.cumsum(sizes)
-    tokens, scored = np.empty(int(ends[-1]), kind), np.zeros(int(ends[-1]), bool)
-    for question, answer, end in zip(questions, answers, ends.tolist(), strict=True):
-        first = end - 1 - len(answer)
-        tokens[first - len(question) - 1] = BOS
-        tokens[first - len(question) : first], tokens[first : end - 1] = question, answer
-        tokens[end - 1], scored[first:end] = EOS, True
-    starts = [0]
-    while starts[-1] < len(tokens):
-        starts.append(int(ends[np.searchsorted(ends, starts[-1] + length, side="right") - 1]))
-    return Packed(tokens, scored, np.array(starts), length)

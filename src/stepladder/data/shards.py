@@ -28,7 +28,7 @@ from stepladder.data.tokenizers import BOS, EOS, IGNORE, PAD, CharTokenizer, Tok
 
 FORMAT = 1
 SPLITS = ("train", "valid")
-_SMALL = 256 << 20  # bytes of a folder that is checked in full at every opening (under a second)
+SMALL = 256 << 20  # bytes of a folder that is checked in full at every opening (under a second)
 _BATCH = 1 << 20  # characters encoded at once
 
 
@@ -108,7 +108,7 @@ def learn(config: TokenizerConfig, alphabet: str, corpora: Sequence[Learnable], 
         (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
     build_once(folder, build)
-    with _whole(folder):
+    with whole(folder):
         verify_manifest(folder)
         return from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
 
@@ -139,7 +139,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[None]:
+def whole(folder: Path) -> Iterator[None]:
     """Whatever is found wrong with a folder of the cache is a UserError that names it and the way out."""
     try:
         yield
@@ -159,9 +159,9 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool | None = None) 
     Sizes, the tokenizer's fingerprint and the largest id are checked always; every byte and every id if the folder
     has less than 256 MB or ``verify`` is true.
     """
-    with _whole(folder):
+    with whole(folder):
         if verify is None:
-            verify = sum(path.stat().st_size for path in folder.iterdir()) < _SMALL
+            verify = sum(path.stat().st_size for path in folder.iterdir()) < SMALL
         if verify:
             verify_manifest(folder)
         about = read_json(folder / "shard.json")
@@ -178,8 +178,8 @@ def open_shards(folder: Path, tokenizer: Tokenizer, verify: bool | None = None) 
 
 def _open_split(folder: Path, split: str, about: dict[str, Any], verify: bool) -> Shard:
     counts = about["splits"][split]
-    tokens = _mapped(folder / f"{split}.tokens.bin", about["dtype"], counts["tokens"])
-    starts = _mapped(folder / f"{split}.documents.bin", "<i8", counts["documents"] + 1)
+    tokens = mapped(folder / f"{split}.tokens.bin", about["dtype"], counts["tokens"])
+    starts = mapped(folder / f"{split}.documents.bin", "<i8", counts["documents"] + 1)
     largest = int(tokens.max()) if verify else counts["largest"]
     if largest >= about["vocab"]:
         raise UserError(f"{folder / f'{split}.tokens.bin'}: id {largest} is outside the vocabulary of {about['vocab']}")
@@ -190,7 +190,8 @@ def _open_split(folder: Path, split: str, about: dict[str, Any], verify: bool) -
     return Shard(tokens, starts)
 
 
-def _mapped(path: Path, dtype: str, count: int) -> np.ndarray:
+def mapped(path: Path, dtype: str, count: int) -> np.ndarray:
+    """The numbers [count] of a file of the cache, read lazily from disk; a file of another size is a UserError."""
     expected, size = count * np.dtype(dtype).itemsize, path.stat().st_size
     if size != expected:
         raise UserError(f"{path}: has {size} bytes, not the {expected} that were written")

@@ -26,7 +26,8 @@ from stepladder.core.registry import Registry
 from stepladder.data.base import Asked, Task, overlap
 from stepladder.data.corpora import Corpus, source_name
 from stepladder.data.packing import pack, probe
-from stepladder.data.pairs import Packed, Pairs, Templates, fields, packed
+from stepladder.data.pairrows import Packed, packed
+from stepladder.data.pairs import Pairs, Templates, fields
 from stepladder.data.shards import Learnable, Shards, learn, prepare
 from stepladder.data.tasks import TASKS
 from stepladder.data.tokenizers import IGNORE, PAD, TOKENIZERS, ByteConfig, Tokenizer, TokenizerConfig
@@ -141,7 +142,7 @@ class PairSource(Source):
 
     @cached_property
     def pairs(self) -> Pairs:
-        """What the files hold, read once."""
+        """What the files hold, walked through once."""
         return Pairs(self.path, self.valid, Templates(self.question, self.answer, self.group, self.size, self.final))
 
     def asked(self, name: str) -> list[tuple[str, Asked]]:
@@ -252,7 +253,7 @@ class Stream:
                 self._rows.append(_TaskRows(source, seed, self.tokenizer, config.sequence, typical))
             elif isinstance(source, PairSource):
                 secret = key(seed, "data", "pairs", name)
-                rows = packed(self.pairs[name].train, self.tokenizer, config.sequence, secret / "rows")
+                rows = packed(self.pairs[name], self.tokenizer, config.sequence, secret / "rows", cache)
                 self._rows.append(_PairRows(rows, secret))
             else:
                 self._rows.append(_TextRows(self.texts[name], key(seed, "data", "text", name), config.sequence))

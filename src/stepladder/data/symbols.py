@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepladder.data.base import Dice
+from stepladder.data.dice import Dice
 
 
 def text(*parts: str | np.ndarray) -> np.ndarray:

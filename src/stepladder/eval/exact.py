@@ -11,7 +11,8 @@ compatibility characters resolved (NFKC: full-width digits, ...), any dash as "-
     anything else    the first line that is not blank, without a trailing period  abc: "abc.", "```\\nabc\\n```"
 
 Digits stay as written otherwise ("012" is not 12), since many answers are strings of digits. Some tasks give further
-marks (the share of right elements of a list, the result behind the steps): records and cells have them as ``marks``.
+marks (the share of right elements of a list, the result behind the steps, false accepts and false rejects of a claim):
+records and cells have them as ``marks``, a cell the mean over those of its records that have it.
 """
 
 from __future__ import annotations
@@ -184,8 +185,13 @@ def _cell(name: str, size: int, group: Sequence[dict[str, Any]], task: Asked) ->
         "lenient": sum(record["lenient"] for record in group) / n,
         "stops": dict(sorted(Counter(record["stop"] for record in group).items())),
         "ticks": float(np.mean(ticks)) if ticks else None,
-        "marks": {mark: float(np.mean([record["marks"][mark] for record in group])) for mark in sorted(marks)},
+        "marks": {mark: float(np.mean(_given(group, mark))) for mark in sorted(marks)},
     }
+
+
+def _given(group: Iterable[dict[str, Any]], mark: str) -> list[float]:
+    """A mark of those records that have it: a rate among wrong claims says nothing of right ones."""
+    return [record["marks"][mark] for record in group if mark in record.get("marks", {})]
 
 
 def brief(job: Job) -> dict[str, float]:

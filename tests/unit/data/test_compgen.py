@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,10 +15,18 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
 from stepladder.data.base import Examples, codes
 from stepladder.data.compgen import CompGen, count, generate, names, program, total, verify
-from stepladder.data.programs import question_of
+from stepladder.data.programs import question_of, record
 from stepladder.data.rowfiles import reader, sha256
 
-SMALL = {"tasks": ["gcd", "majority", "sort_then_scan"], "dataset_size": 300, "min_n": 16, "max_n": 24, "ood_n": 40}
+SMALL = {
+    "tasks": ["gcd", "majority", "sort_then_scan"],
+    "dataset_size": 300,
+    "min_n": 16,
+    "max_n": 24,
+    "ood_n": 40,
+    "ood_value": 0,
+}
+STRANGE = {"tasks": ["dp_table_stripe", "gcd", "majority", "scan_reduce"], "dataset_size": 300, "split_frac": 0.8}
 FILES = ["README.md", "meta.json", "ood.jsonl", "test.jsonl", "train.jsonl"]
 
 
@@ -24,6 +34,13 @@ FILES = ["README.md", "meta.json", "ood.jsonl", "test.jsonl", "train.jsonl"]
 def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("compgen") / "small"
     generate(SMALL, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compgen") / "strange"
+    generate(STRANGE, out)
     return out
 
 
@@ -85,14 +102,15 @@ def test_a_row_is_the_example_of_its_number(small):
         assert example.size[0] == row["meta"]["n"]
 
 
-def test_the_same_command_writes_the_same_bytes_in_any_process(small, tmp_path):
+def test_the_same_command_writes_the_same_bytes_in_any_process(strange, tmp_path):
     program = (
         "import sys,json; from stepladder.data.compgen import generate; generate(json.loads(sys.argv[1]), 'again')"
     )
-    command = [sys.executable, "-c", program, json.dumps(SMALL)]
+    command = [sys.executable, "-c", program, json.dumps(STRANGE)]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
-    for name in FILES:
-        assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes(), name
+    assert sorted(path.name for path in strange.iterdir()) == sorted([*FILES, "value_ood.jsonl", "alphabet_ood.jsonl"])
+    for path in strange.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_other_tasks_beside_it_and_smaller_blocks_change_no_example(small, tmp_path, monkeypatch):
@@ -165,6 +183,9 @@ def test_splits_are_shares_of_the_examples():
         ({"split_frac": 1}, "split_frac"),
         ({"dataset_size": 1}, "dataset_size"),
         ({"fmt": "tsv"}, "'jsonl' or 'parquet'"),
+        ({"tasks": ["majority"], "ood_value": 50}, "ood_value = 50 must be above the 50 of train"),
+        ({"tasks": ["dp_table_stripe"], "ood_shift": 3}, "ood_shift = 3 must be at least 4, the letters of"),
+        ({"ood_shift": 23}, "ood_shift"),
         ({"max_n": 200, "ood_n": 300}, "'gcd' has no digits between those of arrays of 200 and of 300 numbers"),
         ({"max_n": 2000, "ood_n": 3000}, "no size 2000"),
         ({"min_n": 8, "max_n": 8, "ood_n": 0}, "'gcd' has about 33 different train questions with 1 to 1 digits"),
@@ -216,6 +237,101 @@ def test_a_sound_dataset_is_verified(small):
     seen = []
     assert verify(small, advance=seen.append) == {"train": 882, "test": 18, "ood": 18}
     assert sum(seen) == 918
+
+
+def numbers(row):
+    return [int(number) for number in row["x"].split("arr=")[1].split(",")]
+
+
+def test_values_beyond_those_of_train_are_a_split_of_the_arrays(strange):
+    found = rows(strange, "value_ood")
+    assert Counter(row["task"] for row in found) == {"majority": 60, "scan_reduce": 60}
+    assert all(50 < max(map(abs, numbers(row))) <= 500 for row in found)
+    beyond = [sum(abs(number) > 50 for number in numbers(row)) / row["meta"]["n"] for row in found]
+    assert np.mean(beyond) == pytest.approx(0.9, abs=0.05)
+    assert {row["meta"]["n"] for row in found} <= set(range(8, 65))
+    for name in ("train", "test", "ood"):
+        assert all(max(map(abs, numbers(row))) <= 50 for row in rows(strange, name) if "arr=" in row["x"])
+
+
+def test_other_letters_than_those_of_train_are_a_split_of_the_strings(strange):
+    def letters(name):
+        found = [row["x"] for row in rows(strange, name) if row["task"] == "dp_table_stripe"]
+        return {letter for x in found for part in x.split("; ") for letter in part.split("=")[1]}
+
+    assert Counter(row["task"] for row in rows(strange, "alphabet_ood")) == {"dp_table_stripe": 60}
+    assert letters("alphabet_ood") == set("nopq")
+    assert letters("train") == letters("test") == letters("ood") == set("abcd")
+    assert {row["meta"]["n"] for row in rows(strange, "alphabet_ood")} <= set(range(8, 65))
+
+
+def test_all_splits_are_disjoint_verified_and_on_the_card(strange):
+    counts = {"train": 960, "test": 240, "ood": 240, "value_ood": 120, "alphabet_ood": 60}
+    assert verify(strange) == counts
+    assert total(STRANGE) == count(strange) == sum(counts.values())
+    found = [(row["task"], row["x"]) for name in counts for row in rows(strange, name)]
+    assert len(set(found)) == len(found)
+    meta, card = read_json(strange / "meta.json"), (strange / "README.md").read_text()
+    assert meta["splits"]["value_ood"]["inputs"] == dict.fromkeys(("majority", "scan_reduce"), "-500 to 500")
+    assert meta["splits"]["alphabet_ood"]["inputs"] == {"dp_table_stripe": "n to q"}
+    assert "--ood-value 500 --ood-shift 13" in card
+    for name in ("value_ood", "alphabet_ood"):
+        assert f"  - split: {name}\n    path: {name}.jsonl\n" in card
+        assert f"- **{name}** has the sizes of train" in card
+        assert sha256(strange / f"{name}.jsonl") in card
+    assert "| 8 to 64 of n to q |" in card
+
+
+def test_splits_that_no_task_has_or_that_are_not_wanted_are_left_out():
+    def splits(**given):
+        return list(CompGen(**given).splits())
+
+    assert splits(tasks=("gcd",)) == ["train", "test", "ood"]
+    assert splits(tasks=("gcd", "majority")) == ["train", "test", "ood", "value_ood"]
+    assert splits(tasks=("all",), ood_n=0, ood_value=0) == ["train", "test", "alphabet_ood"]
+    assert splits(tasks=("all",), ood_shift=0) == ["train", "test", "ood", "value_ood"]
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "old", "new"),
+    [
+        ("test", "majority", r"arr=(-?\d+)", "arr=51"),
+        ("value_ood", "majority", r"-?\d+", "7"),
+        ("value_ood", "scan_reduce", r"arr=(-?\d+)", "arr=501"),
+        ("test", "dp_table_stripe", r"s=.", "s=e"),
+        ("alphabet_ood", "dp_table_stripe", r"s=.", "s=r"),
+        ("alphabet_ood", "dp_table_stripe", r"(?<=[st]=)[n-q]+", "abc"),
+    ],
+)
+def test_verification_finds_a_row_of_other_numbers_or_letters(strange, tmp_path, monkeypatch, name, task, old, new):
+    # The hash must not be what finds it, so every hash is right here.
+    monkeypatch.setattr(program(task).__class__, "admits", lambda self, split, drawn: np.ones(len(drawn), bool))
+    out = tmp_path / "copied"
+    shutil.copytree(strange, out)
+    verify(out)
+
+    def change(lines):
+        place = next(i for i, line in enumerate(lines) if json.loads(line)["task"] == task)
+        row = json.loads(lines[place])
+        row["x"] = re.sub(old, new, row["x"])
+        question = question_of(row["x"], row["y"])[0]
+        row["y"] = record(question, program(task).solve(question))[1]
+        return [*lines[:place], json.dumps(row), *lines[place + 1 :]]
+
+    rewritten(out, name, change)
+    with pytest.raises(UserError, match=f"does not belong to the {name} split"):
+        verify(out)
+
+
+def test_verification_finds_a_question_in_two_splits(strange, tmp_path, monkeypatch):
+    monkeypatch.setattr(program("gcd").__class__, "admits", lambda self, split, drawn: np.ones(len(drawn), bool))
+    out = tmp_path / "copied"
+    shutil.copytree(strange, out)
+    trained = next(line for line in (out / "train.jsonl").read_text().splitlines() if '"gcd"' in line)
+    mine = next(line for line in (out / "test.jsonl").read_text().splitlines() if '"gcd"' in line)
+    rewritten(out, "test", lambda lines: [trained if line == mine else line for line in lines])
+    with pytest.raises(UserError, match="1 questions of 'gcd' occur more than once"):
+        verify(out)
 
 
 def wrong_answer(lines):

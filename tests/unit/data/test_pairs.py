@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 
 from stepladder.core.config import validate
 from stepladder.core.errors import UserError
-from stepladder.core.keys import key
+from stepladder.core.keys import key, permute
 from stepladder.data.compgen import generate
-from stepladder.data.pairs import Pairs, Templates, packed
+from stepladder.data.pairrows import packed
+from stepladder.data.pairs import Pairs, Templates
 from stepladder.data.stream import DataConfig, Stream
 from stepladder.data.tokenizers import BOS, EOS, IGNORE, PAD, ByteTokenizer
 from stepladder.eval.exact import tasks as asked_of
@@ -57,11 +59,26 @@ def config(*sources: dict[str, Any], **more: Any) -> DataConfig:
     return validate(DataConfig, {"sources": list(sources), "sequence": 64, **more}, "test.yaml")
 
 
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        ("{a}", "x"),
+        ("<{a}> {n} {f}", "<x> 7 0.5"),
+        ("{m[k]}{{{l[1]}}}", "v{w}"),
+        ("{n:03d} {a!r} {f:.{n}f}", "007 'x' 0.5000000"),
+    ],
+)
+def test_templates_are_those_of_python(tmp_path, template, filled):
+    path = lines(tmp_path / "a.jsonl", [{"a": "x", "n": 7, "f": 0.5, "m": {"k": "v"}, "l": ["u", "w"]}])
+    (pair,) = Pairs(path, [path], Templates(template, "{a}")).train
+    assert pair.question == filled
+
+
 def test_templates_say_what_is_what(tmp_path):
     row = {"task": "gcd", "x": "a=4; b=2", "y": " gcd=2 \n", "meta": {"n": 1, "i": 7}, "none": None, "flag": True}
     path = lines(tmp_path / "a.jsonl", [row])
     pairs = Pairs(path, [path], Templates("task={task}\n{x}\n", "{y}", "{task}", "{meta[n]}"))
-    assert pairs.train == [("task=gcd\na=4; b=2\n", "gcd=2", "gcd", 1, f"'{path}', line 1")]
+    assert list(pairs.train) == [("task=gcd\na=4; b=2\n", "gcd=2", "gcd", 1, f"'{path}', line 1")]
     for template, says in (
         ("{question}", "line 1: '{question}' asks for 'question', the line has task, x, y, meta, none, flag"),
         ("{meta}", "neither a text nor a number"),
@@ -148,14 +165,13 @@ def test_items_are_all_pairs_or_a_choice_of_the_seed(files):
     examples, index = quiz.items(0, 100)
     assert examples.size.tolist() == [3] * 35 + [4] * 10
     assert index.tolist() == [*range(35), *range(10)]
-    assert sorted(examples.questions()) == sorted(pair.question for pair in quiz.pairs)
+    held = Pairs(files[0], [files[1]], CLRS).held
+    assert sorted(examples.questions()) == sorted(pair.question for pair in held if pair.group == "double")
     some = quiz.items(0, 7)[0]
     assert some.questions() == quiz.items(0, 7)[0].questions() == examples.questions()[:7] + examples.questions()[35:42]
     assert some.questions() != quiz.items(1, 7)[0].questions()
     assert all(quiz.verify(q, a) and quiz.solve(q) == a for q, a in zip(some.questions(), some.answers(), strict=True))
     assert not quiz.verify(some.questions()[0], some.answers()[0] + " ")
-    assert quiz.chance(4) == 1 / 10
-    assert quiz.chance(3) == 1 / (200 - 100 + 30)  # with the answers trained on
     assert set(quiz.glance(0, 5).size.tolist()) == {3}
     assert len(quiz.glance(0, 500)) == 35
 
@@ -184,9 +200,9 @@ def test_texts_beyond_ascii_survive(tmp_path):
 
 
 @pytest.mark.parametrize("length", [17, 40, 64, 1000])
-def test_rows_hold_every_pair_once_and_answers_are_scored(files, length):
-    pairs = Pairs(files[0], [files[1]], CLRS).train
-    made = packed(pairs, BYTE, length, key(0))
+def test_rows_hold_every_pair_once_and_answers_are_scored(files, length, tmp_path):
+    pairs = Pairs(files[0], [files[1]], CLRS)
+    made = packed(pairs, BYTE, length, key(0), tmp_path)
     tokens, targets, documents = made.rows(np.arange(made.windows))
     seen = []
     for row in range(made.windows):
@@ -203,20 +219,134 @@ def test_rows_hold_every_pair_once_and_answers_are_scored(files, length):
             assert asked[asked != IGNORE][-1] == EOS
             assert (ids[1:] == asked[:-1])[asked[:-1] != IGNORE].all()
             seen.append((text.removesuffix(answer), answer))
-    assert Counter(seen) == Counter((pair.question, pair.answer) for pair in pairs)
+    assert Counter(seen) == Counter((pair.question, pair.answer) for pair in pairs.train)
+    assert tokens.dtype == targets.dtype == documents.dtype == np.int64
+    assert targets.min() == IGNORE
 
 
-def test_a_row_ends_where_the_next_pair_does_not_fit(files):
-    pairs = Pairs(files[0], [files[1]], CLRS).train
-    made = packed(pairs, BYTE, 40, key(0))
-    sizes = np.diff(made.starts)
-    first = np.array([np.flatnonzero(made.tokens[a + 1 :] == BOS)[0] + 1 for a in made.starts[1:-2]])
-    assert (sizes <= 40).all()
-    assert (sizes[:-2] + first > 40).all()
-    assert (
-        made.starts.tolist() != packed(pairs, BYTE, 40, key(1)).starts.tolist()
-        or (made.tokens != packed(pairs, BYTE, 40, key(1)).tokens).any()
-    )
+@pytest.mark.parametrize("chunk", [7, 1 << 18])
+def test_a_row_ends_where_the_next_pair_does_not_fit(files, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("stepladder.data.pairrows._CHUNK", chunk)
+    pairs = Pairs(files[0], [files[1]], CLRS)
+    made = packed(pairs, BYTE, 40, key(0), tmp_path)
+    order = permute(key(0), len(pairs.train), np.arange(len(pairs.train)))
+    texts = [pair.question + pair.answer for pair in pairs.train]
+    wanted: list[list[int]] = [[]]
+    for place in order.tolist():
+        if sum(len(texts[one]) + 2 for one in (*wanted[-1], place)) > 40:
+            wanted.append([])
+        wanted[-1].append(place)
+    assert np.diff(made.first).tolist() == [len(row) for row in wanted]
+    tokens = made.rows(np.arange(made.windows))[0]
+    assert [BYTE.decode(row) for row in tokens] == ["".join(texts[one] for one in row) for row in wanted]
+    backwards = made.rows(np.arange(made.windows)[::-1])
+    assert all((a == b[::-1]).all() for a, b in zip(made.rows(np.arange(made.windows)), backwards))
+    assert (tokens[:3] != packed(pairs, BYTE, 40, key(1), tmp_path).rows(np.arange(3))[0]).any()
+
+
+class TestOnDisk:
+    def test_tokens_are_made_once_and_damage_is_found(self, files, tmp_path, monkeypatch):
+        pairs = Pairs(files[0], [files[1]], CLRS)
+        before = packed(pairs, BYTE, 64, key(0), tmp_path).rows(np.arange(3))
+        (folder,) = tmp_path.glob("pairs-*")
+        with monkeypatch.context() as patch:
+            patch.setattr("stepladder.data.pairrows._build", None)
+            again = packed(pairs, BYTE, 64, key(0), tmp_path).rows(np.arange(3))
+            packed(pairs, BYTE, 999, key(5), tmp_path)
+        assert all((a == b).all() for a, b in zip(before, again))
+        assert isinstance(packed(pairs, BYTE, 64, key(0), tmp_path).tokens.base, np.memmap)
+        (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2] + b"xx")
+        with pytest.raises(UserError, match=r"damaged cache: .*delete the folder"):
+            packed(pairs, BYTE, 64, key(0), tmp_path)
+
+    def test_other_pairs_have_other_tokens(self, files, tmp_path):
+        for given in ([files[1]], []):
+            packed(Pairs(files[0], given, CLRS), BYTE, 64, key(0), tmp_path)
+        assert len(list(tmp_path.glob("pairs-*"))) == 2
+
+    def test_no_text_is_kept(self, tmp_path):
+        rows = [{"question": f"{n}?" + "x" * 8000, "answer": str(n)} for n in range(3000)]
+        path = lines(tmp_path / "a.jsonl", rows)
+        tracemalloc.start()
+        pairs = Pairs(path, [], PLAIN)
+        made = packed(pairs, BYTE, 9000, key(0), tmp_path)
+        made.rows(np.arange(8))
+        pairs.quizzes[""].items(0, 10)
+        kept, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert Path(path).stat().st_size > 24_000_000
+        assert kept < 1_000_000
+        assert peak < 20_000_000, peak  # a block of tokens while they are made
+        assert len(pairs.train) + len(pairs.held) == 3000
+
+    def test_pairs_are_read_from_the_middle_of_packed_files_too(self, tmp_path):
+        rows = sums(range(300))
+        plain = Path(lines(tmp_path / "plain.jsonl", rows))
+        plain.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\n", 50))
+        (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        order = np.random.default_rng(0).permutation(250)
+        found = []
+        for path in (plain, tmp_path / "packed.jsonl.gz"):
+            pairs = Pairs(str(path), [], CLRS)
+            read = list(pairs.train)
+            assert pairs.train.take(order) == [read[place] for place in order]
+            numbered = {pair.question: pair.place for pair in read}
+            assert numbered["40+40="].endswith("line 81")
+            assert numbered["200+200="].endswith("line 251")
+            found.append([pair[:4] for pair in read])
+        assert found[0] == found[1]
+
+    def test_a_file_that_changes_in_the_meantime_is_an_error(self, files):
+        pairs = Pairs(files[0], [files[1]], CLRS)
+        Path(files[0]).write_text(Path(files[0]).read_text()[5:])
+        with pytest.raises(UserError, match=r"train.jsonl' was changed while it was in use"):
+            list(pairs.train)
+
+
+class TestChance:
+    def quizzes(self, tmp_path: Path, train: list[tuple[Any, ...]], held: list[tuple[Any, ...]]) -> dict[str, Any]:
+        files = []
+        for name, rows in (("a", train), ("b", held)):
+            given = [{"question": q, "answer": a, "algo_name": g, "length": n} for q, a, g, n in rows]
+            files.append(lines(tmp_path / f"{name}.jsonl", given))
+        return Pairs(files[0], [files[1]], CLRS).quizzes
+
+    def test_answers_of_the_size_trained_on_are_what_a_guess_is_among(self, tmp_path):
+        train = [(f"t{n}", str(n % 4), "g", 1) for n in range(40)] + [("u", "far", "g", 2), ("v", "off", "other", 1)]
+        quiz = self.quizzes(tmp_path, train, [("h0", "0", "g", 1), ("h1", "3", "g", 1), ("h2", "3", "g", 1)])["g"]
+        assert quiz.chance(1) == 1 / 4
+        assert quiz.chance(1) == uniform({"0", "1", "2", "3"}, ["0", "3", "3"])
+
+    def test_an_answer_that_nothing_else_has_cannot_be_guessed(self, tmp_path):
+        train = [(f"t{n}", str(n % 4), "g", 1) for n in range(40)]
+        quizzes = self.quizzes(tmp_path, train, [("h0", "0", "g", 1), ("h1", "new", "g", 1), ("n", "one", "alone", 1)])
+        assert quizzes["g"].chance(1) == 1 / 2 / 5
+        assert quizzes["alone"].chance(1) == 0  # it was 1
+
+    def test_a_group_not_trained_on_is_guessed_from_its_other_questions(self, tmp_path):
+        train = [(f"t{n}", str(n), "g", 1) for n in range(400)]
+        yes = [(f"h{n}", "ny"[n % 2], "closed", n) for n in range(20)]
+        free = [(f"f{n}", f"only {n}", "open", 1) for n in range(20)]
+        quizzes = self.quizzes(tmp_path, train, yes + free)
+        assert {quizzes["closed"].chance(size) for size in range(20)} == {1 / 2}
+        assert quizzes["open"].chance(1) == 0  # it was 1/20
+
+    def test_a_size_not_trained_on_is_guessed_from_all_sizes_of_the_group(self, tmp_path):
+        train = [(f"t{n}", str(n % 10), "g", 1) for n in range(40)]
+        quiz = self.quizzes(tmp_path, train, [("h0", "0", "g", 2), ("h1", "x", "g", 2), ("h2", "x", "g", 3)])["g"]
+        assert (quiz.chance(2), quiz.chance(3)) == (1 / 11, 1 / 11)
+
+    def test_it_is_never_above_one_in_the_answers_asked(self, files):
+        for quiz in Pairs(files[0], [files[1]], CLRS).quizzes.values():
+            examples, _ = quiz.items(0, 1000)
+            for size in quiz.iid + quiz.ood:
+                here = {a for a, n in zip(examples.answers(), examples.size.tolist()) if n == size}
+                assert quiz.chance(size) <= 1 / len(here)
+
+
+def uniform(known: set[str], answers: list[str]) -> float:
+    """The accuracy of a uniform guess among what is known."""
+    return sum(answer in known for answer in answers) / len(answers) / len(known)
 
 
 def test_a_pair_longer_than_a_row_is_refused_by_its_line(tmp_path, files):
@@ -310,7 +440,7 @@ def test_exported_programs_are_pairs(tmp_path):
     }
 
 
-def test_published_texts_are_pairs():
+def test_published_texts_are_pairs(tmp_path):
     names = ("clrs_text_train", "clrs_text_valid", "clrs_text_eval_lengths")
     train, *valid = (SHARED / f"{name}.jsonl.gz" for name in names)
     if not train.is_file():
@@ -319,7 +449,7 @@ def test_published_texts_are_pairs():
     assert (len(pairs.train), len(pairs.held), len(pairs.quizzes)) == (6000, 1200, 30)
     assert all(counts["exact"] == counts["normalised"] == 0 for counts in pairs.overlap().values())
     assert (min(pairs.quizzes["bfs"].ood), max(pairs.quizzes["bfs"].iid)) == (32, 31)
-    made = packed(pairs.train, BYTE, 8192, key(0))
+    made = packed(pairs, BYTE, 8192, key(0), tmp_path)
     assert len(made.tokens) == sum(len(p.question) + len(p.answer) + 2 for p in pairs.train)
     assert len(made.tokens) > 0.8 * made.windows * 8192
 

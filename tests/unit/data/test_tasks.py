@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from stepladder.data.base import Examples, Task
-from stepladder.data.programs import question_of, record
+from stepladder.data.programs import Claim, question_of, record
 from stepladder.data.tasks import TASKS
 from stepladder.data.tasks.addition import Addition
 from stepladder.data.tasks.chain import Chain
 from stepladder.data.tasks.compare import Compare
 from stepladder.data.tasks.dp_table_stripe import DpTableStripe
 from stepladder.data.tasks.dyck import Dyck
+from stepladder.data.tasks.freivalds import Freivalds
 from stepladder.data.tasks.listops import ListOps
+from stepladder.data.tasks.miller_rabin import MillerRabin, _is_prime, _passes, _primes, _products, _strong
 from stepladder.data.tasks.mod_add import ModAdd
 from stepladder.data.tasks.nested_loop_count import NestedLoopCount
 from stepladder.data.tasks.parity import Parity
@@ -41,6 +43,10 @@ VARIANTS: list[Task] = [TASKS.get(name)() for name in TASKS.names()] + [
     ScanReduce(low=-3, high=999_999),
     SortThenScan(low=0, high=9),
     SubstringCount(letters=3, longest=2),
+    SubstringCount(first="x"),
+    DpTableStripe(first="q"),
+    Freivalds(rounds=3),
+    MillerRabin(rounds=2),
 ]
 NAMES = [f"{t.kind}-{i}" if i >= len(TASKS.names()) else t.kind for i, t in enumerate(VARIANTS)]
 every = pytest.mark.parametrize("task", VARIANTS, ids=NAMES)
@@ -407,6 +413,88 @@ def test_a_wrong_product_is_wrong_in_one_entry():
         )
         assert np.count_nonzero(a @ b != c) == (answer == "n")
         assert (c >= 0).all()
+
+
+def claims(task: Claim, size: int, n: int = 3000) -> tuple[list[str], np.ndarray]:
+    drawn = draw(task, size, n)
+    return drawn.questions(), np.array(drawn.answers()) == "y"
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_right_and_wrong_claims_are_equally_many(split):
+    for task in (Freivalds(), MillerRabin()):
+        for size in (*task.iid, *task.ood):
+            right = np.array(draw(task, size, 3000, split).answers()) == "y"
+            assert right.mean() == pytest.approx(0.5, abs=0.04), (task.kind, size)
+
+
+@pytest.mark.parametrize("task", [Freivalds(), MillerRabin()])
+def test_random_symbols_change_neither_the_claim_nor_its_split(task):
+    more = type(task)(rounds=2)
+    for split in ("train", "test"):
+        plain, given = (draw(t, task.iid[1], 300, split) for t in (task, more))
+        cut = [re.sub(r"; [rw]=[0-9,/]+", "", question) for question in given.questions()]
+        assert (cut, given.answers()) == (plain.questions(), plain.answers())
+        assert task.fingerprints(plain).tolist() == more.fingerprints(given).tolist()
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_checking_products_errs_on_one_side_and_half_as_often_with_every_vector(rounds):
+    task = Freivalds(rounds=rounds)
+    questions, right = claims(task, 3)
+    accepted = np.array([task.accepts(question) for question in questions])
+    assert accepted[right].all()
+    assert accepted[~right].mean() == pytest.approx(2.0**-rounds, abs=0.04)
+    assert all(map(Freivalds().accepts, claims(Freivalds(), 3, 20)[0]))
+
+
+def test_checking_primes_errs_on_one_side_and_a_sixth_to_a_quarter_of_the_numbers_lie_about_a_product():
+    task = MillerRabin(rounds=1)
+    for size in (6, 12):
+        questions, right = claims(task, size, 2000)
+        accepted = np.array([task.accepts(question) for question in questions])
+        assert accepted[right].all()
+        assert accepted[~right].mean() < 0.1
+    n = int(_products(5)[0])
+    liars = np.mean([task.accepts(f"n={n}; w={base}; prime=") for base in range(2, n - 1)])
+    assert 1 / 6 < liars <= 1 / 4
+    twice = np.mean([MillerRabin(rounds=2).accepts(f"n={n}; w={b},{n // 2 - b}; prime=") for b in range(2, n // 2 - 2)])
+    assert twice < liars
+
+
+def test_primes_are_those_of_the_sieve_and_pseudoprimes_are_none():
+    odd = np.arange(1, 200_001, 2)
+    assert odd[_is_prime(odd)].tolist() == _primes(200_000)[1:].tolist()
+    assert not _is_prime(np.array([2047, 1_373_653, 25_326_001, 3_215_031_751, 0, 1])).any()  # strong to 2, 3, 5, 7
+    assert _is_prime(np.array([999_999_999_989])).all()
+
+
+def test_the_check_of_many_numbers_at_once_is_that_of_python():
+    odd = 10**12 - 1 - 2 * np.arange(3000)
+    odd = np.concatenate([odd, _products(12)[-500:], np.arange(13, 999, 2)])
+    for base in (2, 3, 5, 7, 11):
+        assert _strong(odd, base).tolist() == [_passes(n, base) for n in odd.tolist()]
+
+
+def test_composites_have_no_small_factor_and_the_hard_ones_are_among_them():
+    questions, right = claims(MillerRabin(), 12, 4000)
+    wrong = np.array([int(q[2:].split(";")[0]) for q in questions])[~right]
+    assert all((wrong % p != 0).all() for p in _primes(47))
+    assert np.isin(wrong, _products(12)).mean() == pytest.approx(0.18, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "right"),
+    [
+        ("freivalds", "a=2; b=3; c=7; equal=", "a=2; b=3; c=6; equal="),
+        ("miller_rabin", "n=49141; prime=", "n=10007; prime="),
+    ],
+)
+def test_false_accepts_and_false_rejects_are_marked_apart(kind, wrong, right):
+    task = TASKS.get(kind)()
+    assert [task.marks(wrong, said) for said in "yn"] == [{"false_accept": 1.0}, {"false_accept": 0.0}]
+    assert [task.marks(right, said) for said in "yn"] == [{"false_reject": 0.0}, {"false_reject": 1.0}]
+    assert task.marks(right, "no") == {"false_reject": 0.0}
 
 
 def test_repetitions_are_uniform():

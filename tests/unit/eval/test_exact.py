@@ -169,6 +169,20 @@ def test_pairs_beside_tasks_and_texts_alone(make, pairs, tmp_path):
     assert SUITES.get("likelihood").missing(make(pairs).run)
 
 
+def test_a_cell_tells_false_accepts_from_false_rejects(make):
+    loaded = make([{"kind": "task", "task": {"kind": "freivalds", "train": [2, 2], "iid": [2], "ood": []}}])
+    (sheet,) = sheets(loaded.run, 1, 40)
+    wrong = [answer == "n" for answer in sheet.examples.answers()]
+    assert 8 < sum(wrong) < 32
+    for said, marks in (("y", [1.0, 0.0]), ("n", [0.0, 1.0]), ("x", [0.0, 0.0])):
+        records = ask(
+            answering(loaded, sheet, lambda _, said=said: (*BYTES.encode(said), EOS)), BYTES, sheet, loaded.run.eval
+        )
+        (cell,) = cells(records, dict(tasks(loaded.run)))
+        assert cell["marks"] == dict(zip(("false_accept", "false_reject"), marks))
+        assert cell["accuracy"] == pytest.approx({"y": 1 - sum(wrong) / 40, "n": sum(wrong) / 40, "x": 0}[said])
+
+
 def test_marks_stand_beside_exact_match(make):
     loaded = make([{"kind": "task", "task": {"kind": "prefix_sums", "train": [4, 4], "iid": [4], "ood": []}}])
     (sheet,) = sheets(loaded.run, 1, 6)

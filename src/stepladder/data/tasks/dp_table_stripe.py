@@ -8,12 +8,12 @@ import numpy as np
 
 from stepladder.core.config import Field
 from stepladder.data.base import Dice, Examples, Range, task
-from stepladder.data.programs import Program
+from stepladder.data.programs import StringProgram
 from stepladder.data.symbols import decimals, text, within
 
 
 @task("dp_table_stripe")
-class DpTableStripe(Program):
+class DpTableStripe(StringProgram):
     """The edit distance of two strings: the fewest insertions, deletions and replacements from one to the other.
 
     ``s=abcab; t=bcb; dist=`` -> ``2``
@@ -26,19 +26,16 @@ class DpTableStripe(Program):
     """
 
     complexity: ClassVar[str] = "O(n^2) time, O(n) space"
-    axis: ClassVar[str] = "letters"
-    alphabet: ClassVar[str] = "0123456789;= abcdefghijklmnopqrstuvwxyz"
     smallest: ClassVar[int] = 2
 
     train: Range = (4, 16)
-    letters: int = Field(4, ge=2, le=26, description="how many letters, from a")
+    letters: int = Field(4, ge=2, le=26, description="how many letters")
 
     def draw(self, dice: Dice, size: np.ndarray) -> Examples:
         n, filled = len(size), within(size)
         width = filled.shape[1]
         rows, column = np.arange(n), np.arange(width)
-        s = np.where(filled, dice.below(self.letters, width) + ord("a"), 0).astype(np.uint8)
-        fresh = (dice.below(self.letters, width) + ord("a")).astype(np.uint8)
+        s, fresh = np.where(filled, self.word(dice, width), 0), self.word(dice, width)
         dropped, replaced = (dice.below(100, width) < dice.below(90)[:, None] for _ in range(2))
         dropped &= (dice.below(2) == 1)[:, None] & (column > 0)
         t = np.zeros_like(s)

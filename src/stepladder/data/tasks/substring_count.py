@@ -8,12 +8,12 @@ import numpy as np
 
 from stepladder.core.config import Field
 from stepladder.data.base import Dice, Examples, Range, task
-from stepladder.data.programs import Program
+from stepladder.data.programs import StringProgram
 from stepladder.data.symbols import decimals, text, within
 
 
 @task("substring_count")
-class SubstringCount(Program):
+class SubstringCount(StringProgram):
     """The number of places at which a pattern occurs in a string; occurrences may overlap.
 
     ``s=abaababa; p=aba; count=`` -> ``3``
@@ -24,20 +24,18 @@ class SubstringCount(Program):
     """
 
     complexity: ClassVar[str] = "O(n m) time for a pattern of m letters, O(1) space"
-    axis: ClassVar[str] = "letters"
-    alphabet: ClassVar[str] = "0123456789;= abcdefghijklmnopqrstuvwxyz"
     smallest: ClassVar[int] = 4
 
     train: Range = (6, 16)
-    letters: int = Field(2, ge=2, le=26, description="how many letters, from a")
+    letters: int = Field(2, ge=2, le=26, description="how many letters")
     longest: int = Field(3, ge=1, le=4, description="letters of the longest pattern")
 
     def draw(self, dice: Dice, size: np.ndarray) -> Examples:
         filled = within(size)
         width = filled.shape[1]
-        s = np.where(filled, dice.below(self.letters, width) + ord("a"), 0).astype(np.uint8)
+        s = np.where(filled, self.word(dice, width), 0)
         length = 1 + dice.below(np.full(len(size), self.longest))
-        p = (dice.below(self.letters, self.longest) + ord("a")).astype(np.uint8)
+        p = self.word(dice, self.longest)
         p[np.arange(self.longest) >= length[:, None]] = 0
         fits = filled.copy()
         for place in range(self.longest):
