@@ -154,8 +154,8 @@ def _walk(files: Sequence[str], templates: Templates, cells: Cells) -> _Columns:
 class Pairs:
     """The pairs of a source: ``train`` and ``held``. Whatever is wrong with a file is a UserError.
 
-    The files are walked through once; of every pair about 120 bytes are kept while that lasts and 14 from then on, never
-    its text, so that files need not fit into memory.
+    The files are walked through once; of every pair about 120 bytes are kept while that lasts and 14 from then on,
+    never its text, so that files need not fit into memory.
     """
 
     def __init__(self, path: str, valid: Sequence[str], templates: Templates) -> None:

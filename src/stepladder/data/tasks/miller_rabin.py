@@ -18,7 +18,7 @@ _BASES = {2: 0, 3: 2047, 5: 1_373_653, 7: 25_326_001, 11: 3_215_031_751}
 _OTHERS = {base: least for base, least in _BASES.items() if base > 2}
 _SMALL = 223092870, 614889782588491410  # products of the primes up to 23, and up to 47
 _COPRIME = np.array([1, 7, 11, 13, 17, 19, 23, 29])  # to 30
-_BLOCKS = (0, 2, 6, 16, 32, 64)  # numbers looked at together until one is right: the first of a block, and of the next
+_BLOCKS = (0, 2, 6, 16, 40)  # numbers looked at together until one is right: the first of a block, and of the next
 _RARE = 20_000  # each of the products below is one in so many composites: not often enough to upset the balance
 
 
