@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -27,6 +26,7 @@ from stepladder.data.stream import Stream, TaskSource
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.eval.decode import evaluating
 from stepladder.models.lm import LanguageModel
+from stepladder.models.weights import weights_digest
 from stepladder.run import EvalConfig, Loaded, Run, cache_folder, latest_checkpoint, read_state
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -320,12 +320,3 @@ def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
         "packages": {name: version(name) for name in ("stepladder", "torch", "numpy")},
         "device": next((p.device.type for p in model.parameters()), "cpu"),
     }
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
