@@ -5,13 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepladder.core.config import override, read_tree
+from stepladder.core.config import override, read_tree, validate
 from stepladder.core.errors import UserError
 from stepladder.models.weights import weights_digest
 from stepladder.run import Run, from_flags, load
 from stepladder.start import Adapters
 
 _FROM_BASE = ("model", "start")
+
+
+def stage(rank: int | None, alpha: float | None, full: bool) -> Adapters | None:
+    """Adapters of ``rank``, or None for all weights; whoever asks for neither or both gets a UserError."""
+    if (rank is not None) == full:
+        raise UserError("say what is trained: either --adapters RANK or --full, all weights" + " (not both)" * full)
+    if full and alpha is not None:
+        raise UserError("--alpha scales adapters, and with --full there are none; leave it out")
+    return None if rank is None else validate(Adapters, {"rank": rank, "alpha": alpha}, "--adapters")
 
 
 def read(
