@@ -17,7 +17,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, safe_name, verify_manifest
 from stepladder.data.corpora import PYDOC
 from stepladder.data.curriculum import curriculum, fitting
-from stepladder.data.stream import DataConfig
+from stepladder.data.stream import AnySource, DataConfig
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.data.tokenizers import from_json as tokenizer_from_json
 from stepladder.models.adapters import add_adapters, merge_adapters
@@ -80,6 +80,7 @@ class TrainConfig(Config):
 
 Ticks = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=16, le=1 << 24)]
+Shots = Annotated[int, Field(ge=0, le=64)]
 
 
 class EvalConfig(Config):
@@ -99,6 +100,12 @@ class EvalConfig(Config):
         (256, 512, 1024, 2048, 4096), min_length=1, description="longctx suite: tokens of an item, answer included"
     )
     tasks: tuple[str, ...] = Field((), description="tasks that suites of tasks are restricted to; default: all")
+    transfer: tuple[AnySource, ...] = Field(
+        (), description="transfer suite: sources, as in data.sources, that the run is not trained on"
+    )
+    shots: tuple[Shots, ...] = Field(
+        (0,), min_length=1, description="transfer suite: numbers of demonstrations before a question"
+    )
 
 
 BOOKKEEPING = ("log_every", "eval_every", "eval_samples", "save_every", "keep")
