@@ -111,7 +111,7 @@ def _time(
 
 def planned(rung: Rung, name: str, seed: int) -> Run:
     """The run of a rung and a seed."""
-    return rung.run.model_copy(update={"name": f"{name}-s{seed}", "seed": seed})
+    return rung.run.model_copy(update={"name": f"{name}-s{seed}", "seed": seed, "start": rung.starts.get(seed)})
 
 
 @contextmanager

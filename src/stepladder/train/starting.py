@@ -31,14 +31,19 @@ def base_of(run: Run, begun: bool = False) -> Loaded | None:
             f"{run.start.run} has other weights than {run.name} was to start from (SHA-256 {found[:12]}..., not "
             f"{run.start.weights[:12]}...); bring those back, or begin a new run from what is there"
         )
+    fits(run, base, run.start.run)
+    return base
+
+
+def fits(run: Run, base: Loaded, place: str | Path) -> None:
+    """Raise a UserError if ``run`` has another model or tokenizer than ``base``, which lies at ``place``."""
     if base.run.model != run.model:
-        raise UserError(f"{run.start.run} is another model than {run.name}; a run has the model of what it starts from")
+        raise UserError(f"{place} is another model than {run.name}; a run has the model of what it starts from")
     if base.run.data.tokenizer != run.data.tokenizer:
         raise UserError(
-            f"data.tokenizer is {run.data.tokenizer.kind!r} as configured, but {run.start.run} has learnt with its own "
+            f"data.tokenizer is {run.data.tokenizer.kind!r} as configured, but {place} has learnt with its own "
             f"{base.run.data.tokenizer.kind!r}; leave data.tokenizer out, or give it as there"
         )
-    return base
 
 
 def tokenizer_of(run: Run, run_dir: Path, base: Loaded | None) -> Tokenizer | None:
