@@ -88,6 +88,7 @@ def finetune(
     adapters: Annotated[int | None, typer.Option(min=1, help="train low-rank adapters of this rank")] = None,
     full: Annotated[bool, typer.Option("--full", help="train all weights")] = False,
     alpha: Annotated[float | None, typer.Option(help="scale of adapters, times rank; default: 2 x rank")] = None,
+    vocabulary: Annotated[bool, typer.Option("--vocabulary", help="beside adapters, embeddings and head")] = False,
     tasks: Annotated[str | None, typer.Option(help="tasks, comma-separated, in place of a file")] = None,
     text: Annotated[str | None, typer.Option(help="text or jsonl(.gz) file, in place of a file")] = None,
     steps: Annotated[int | None, typer.Option(help="training steps, in place of a file")] = None,
@@ -102,7 +103,7 @@ def finetune(
     plugins.load(plugin or ())
     from stepladder import finetune as tuning
 
-    stage = tuning.stage(adapters, alpha, full)
+    stage = tuning.stage(adapters, full, alpha, vocabulary)
     flags: dict[str, Any] = {"tasks": ",".join(listed(tasks)) or tasks, "text": text, "steps": steps}
     run = tuning.read(base, config, overrides or [], flags, stage, name=name, seed=seed)
     _carry_out(run, runs, False, evaluate, quiet)

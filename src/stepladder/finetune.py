@@ -14,13 +14,15 @@ from stepladder.start import Adapters
 _FROM_BASE = ("model", "start")
 
 
-def stage(rank: int | None, alpha: float | None, full: bool) -> Adapters | None:
+def stage(rank: int | None, full: bool, alpha: float | None = None, vocabulary: bool = False) -> Adapters | None:
     """Adapters of ``rank``, or None for all weights; whoever asks for neither or both gets a UserError."""
     if (rank is not None) == full:
         raise UserError("say what is trained: either --adapters RANK or --full, all weights" + " (not both)" * full)
-    if full and alpha is not None:
-        raise UserError("--alpha scales adapters, and with --full there are none; leave it out")
-    return None if rank is None else validate(Adapters, {"rank": rank, "alpha": alpha}, "--adapters")
+    if full and (alpha is not None or vocabulary):
+        flag = "--vocabulary" if alpha is None else "--alpha"
+        raise UserError(f"{flag} belongs to adapters, and with --full there are none; leave it out")
+    tree = {"rank": rank, "alpha": alpha, "vocabulary": vocabulary}
+    return None if rank is None else validate(Adapters, tree, "--adapters")
 
 
 def read(

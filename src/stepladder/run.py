@@ -269,7 +269,7 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
         model = run.model.build(tokenizer.vocab)
         if adapters:
-            add_adapters(model, adapters.rank, adapters.scale)
+            add_adapters(model, adapters.rank, adapters.scale, adapters.vocabulary)
     load_weights(model, path / "model.safetensors")
     merge_adapters(model)
     return Loaded(run, model.to(device).eval(), tokenizer, int(read_state(path)["step"]), path)

@@ -6,10 +6,14 @@ from stepladder.core.config import Config, Field
 
 
 class Adapters(Config):
-    """Low-rank adapters on every hidden matrix, W + alpha/rank B A (models.adapters); all else stays frozen."""
+    """Low-rank adapters on every hidden matrix, W + alpha/rank B A (models.adapters). All else is frozen."""
 
     rank: int = Field(ge=1, description="columns of B, rows of A")
     alpha: float | None = Field(None, gt=0, description="scale of the change, times rank; default: 2 x rank")
+
+    vocabulary: bool = Field(
+        False, description="train embeddings and head, too: for texts with symbols that the base has never seen"
+    )
 
     @property
     def scale(self) -> float:

@@ -94,7 +94,7 @@ MISTAKES = [
     (["finetune", "runs/absent", "--tasks", "copy", "--full"], "runs/absent is no run directory"),
     (["finetune", "runs/absent", "--tasks", "copy"], "either --adapters RANK or --full"),
     (["finetune", "runs/absent", "--tasks", "copy", "--full", "--adapters", "2"], "(not both)"),
-    (["finetune", "runs/absent", "--tasks", "copy", "--full", "--alpha", "2"], "--alpha scales adapters"),
+    (["finetune", "runs/absent", "--tasks", "copy", "--full", "--alpha", "2"], "--alpha belongs to adapters"),
     (["finetune", "runs/absent", "given.yaml", "--steps", "2", "--full"], "not both"),
     (["finetune", "runs/absent", "--full"], "say what to train"),
     (["eval", "runs/absent"], "runs/absent"),

@@ -55,10 +55,11 @@ def hidden_matrices(model: LanguageModel) -> list[tuple[nn.Parameter, Places]]:
     return [entry for number, entry in found.items() if number not in shown_to_head]
 
 
-def add_adapters(model: LanguageModel, rank: int, scale: float) -> None:
+def add_adapters(model: LanguageModel, rank: int, scale: float, vocabulary: bool = False) -> None:
     """Freeze ``model`` and give every hidden matrix an adapter; the outputs stay as they were, to the bit.
 
-    Random numbers come from torch's global generator. A rank that no matrix is large enough for is a UserError.
+    vocabulary: whether embeddings and the head, which have no adapters, stay trainable as they are. Random numbers come
+    from torch's global generator. A rank that no matrix is large enough for is a UserError.
     """
     matrices = hidden_matrices(model)
     most = max((min(matrix.shape[-2:]) for matrix, _ in matrices), default=0)
@@ -68,6 +69,9 @@ def add_adapters(model: LanguageModel, rank: int, scale: float) -> None:
             "at most; give a smaller rank, or train all weights with --full"
         )
     model.requires_grad_(False)
+    if vocabulary:
+        model.embed.requires_grad_(True)
+        model.head.requires_grad_(True)
     for matrix, places in matrices:
         adapter = LowRank(matrix, rank, scale)
         for module, name in places:  # a matrix that two modules share has one adapter, too

@@ -34,6 +34,7 @@ from stepladder.core.keys import key
 from stepladder.core.redact import redact
 from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import Tokenizer
+from stepladder.models.adapters import LowRank
 from stepladder.models.lm import LanguageModel
 from stepladder.run import Run, TrainConfig, cache_folder, checkpoints
 from stepladder.train import checkpoint, plots, provenance
@@ -349,9 +350,9 @@ def _write_ends(
 
 
 def _summary(asked: Asked, model: LanguageModel, progress: Progress, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    params = frozen or trained  # beside frozen weights it is adapters that are trained; they will be merged into those
+    adapters = [p for module in model.modules() if isinstance(module, LowRank) for p in module.parameters()]
+    # Adapters are merged where the run is loaded: they are no part of its size.
+    params = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapters)
     embedded = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     return {
         "status": outcome["status"],
@@ -366,7 +367,7 @@ def _summary(asked: Asked, model: LanguageModel, progress: Progress, outcome: Ma
         "train_flops": progress.flops,
         "tokens_per_s": round(progress.tokens / max(progress.seconds, 1e-9), 1),
         "params": params,
-        "params_trained": trained,
+        "params_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params_nonembedding": params - embedded,
         "peak_memory_bytes": _peak_memory(model.embed.tokens.weight.device),
         "hash": asked.hash(),

@@ -60,7 +60,7 @@ def set_out(model: LanguageModel, run: Run, base: Loaded | None) -> None:
     """
     if base is not None:
         model.load_state_dict(base.model.state_dict(), strict=True)
-    if run.start is not None and run.start.adapters is not None:
+    if adapters := run.start and run.start.adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(run.seed, "adapters").seed())
-            add_adapters(model, run.start.adapters.rank, run.start.adapters.scale)
+            add_adapters(model, adapters.rank, adapters.scale, adapters.vocabulary)

@@ -117,6 +117,15 @@ def test_adapters_load_strictly(tmp_path):
         load_weights(other, tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_with_the_vocabulary_embeddings_and_head_learn_too(tied):
+    model = _model("transformer", tied=tied)
+    add_adapters(model, 2, 1.0, vocabulary=True)
+    plain = {n for n, p in model.named_parameters() if p.requires_grad and not n.endswith((".up", ".down"))}
+    assert plain == {"embed.tokens.weight"} | ({"head.own.weight"} if not tied else set())
+    assert _tune(model) == []
+
+
 def test_a_rank_that_saves_nothing_is_refused():
     with pytest.raises(UserError, match="no smaller than this model's matrices"):
         add_adapters(_model("transformer"), 64, 1.0)
