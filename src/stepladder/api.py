@@ -75,7 +75,7 @@ def climb(
     load_plugins(plugins)
     runs, files = Path(runs), tuple(map(str, plugins))
     ladder = ladders.read(Path(path), list(overrides), str(text) if text is not None else None)
-    rungs = ladders.expand(ladder, cache_folder())
+    rungs = ladders.expand(ladder, cache_folder(), runs)
     for name, rung in rungs.items():
         say(
             f"{name:>16}  {rung.params:>11,} parameters ({rung.residual:+.2%})  "

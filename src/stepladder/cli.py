@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.segment import Segment, Segments
 from rich.style import Style
-from rich.table import Table
 from typer.core import TyperGroup
 
 from stepladder import plugins
 from stepladder.core.errors import UserError
+from stepladder.terminal import console, hold, listed, load, print_results, print_rows, print_verdict, progress, say
 
 if TYPE_CHECKING:
-    from stepladder.run import Loaded
+    from stepladder.run import Run
 
 
 class Group(TyperGroup):
@@ -45,8 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-
 Overrides = Annotated[list[str] | None, typer.Argument(help="path=value, such as model.width=256", show_default=False)]
 LadderOverrides = Annotated[
     list[str] | None, typer.Argument(help="path=value, such as run.train.steps=500", show_default=False)
@@ -80,17 +72,41 @@ def train(
     """Train one run, then evaluate it. Interrupted, it goes on from its last checkpoint."""
     plugins.load(plugin or ())
     from stepladder import run as running
-    from stepladder.eval import suite
-    from stepladder.train import session
 
     flags: dict[str, Any] = {"model": model, "text": text, "steps": steps}
-    flags |= {"tasks": ",".join(_names(tasks)) or tasks, "alg_tasks": ",".join(_names(alg_tasks)) or alg_tasks}
+    flags |= {"tasks": ",".join(listed(tasks)) or tasks, "alg_tasks": ",".join(listed(alg_tasks)) or alg_tasks}
     flags |= {"alg_tokens": alg_tokens, "total_tokens": total_tokens}
     run = running.read(config, overrides or [], flags, name=name, seed=seed)
-    home = session.train(run, runs, evaluate=suite.quick, rehearse=suite.check, extend=extend, quiet=quiet)
-    if evaluate and not suite.done(home, run):
-        _print_results(suite.evaluate(running.load(home), run.eval.suites, home, quiet=quiet), quiet)
-    _say(f"run: {home}")
+    _carry_out(run, runs, extend, evaluate, quiet)
+
+
+@app.command()
+def finetune(
+    base: Annotated[Path, typer.Argument(help="directory of the run to start from")],
+    config: Annotated[Path | None, typer.Argument(help="file with data, train, eval", show_default=False)] = None,
+    overrides: Overrides = None,
+    adapters: Annotated[int | None, typer.Option(min=1, help="train low-rank adapters of this rank")] = None,
+    full: Annotated[bool, typer.Option("--full", help="train all weights")] = False,
+    alpha: Annotated[float | None, typer.Option(help="scale of adapters, times rank; default: 2 x rank")] = None,
+    vocabulary: Annotated[bool, typer.Option("--vocabulary", help="beside adapters, embeddings and head")] = False,
+    tasks: Annotated[str | None, typer.Option(help="tasks, comma-separated, in place of a file")] = None,
+    text: Annotated[str | None, typer.Option(help="text or jsonl(.gz) file, in place of a file")] = None,
+    steps: Annotated[int | None, typer.Option(help="training steps, in place of a file")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the run; default: BASE-finetuned")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the run")] = None,
+    runs: Runs = Path("runs"),
+    evaluate: Annotated[bool, typer.Option(help="run the evaluation suites at the end")] = True,
+    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Train a run's model further on other data, from step 0: low-rank adapters, or all its weights."""
+    plugins.load(plugin or ())
+    from stepladder import finetune as tuning
+
+    stage = tuning.stage(adapters, full, alpha, vocabulary)
+    flags: dict[str, Any] = {"tasks": ",".join(listed(tasks)) or tasks, "text": text, "steps": steps}
+    run = tuning.read(base, config, overrides or [], flags, stage, name=name, seed=seed)
+    _carry_out(run, runs, False, evaluate, quiet)
 
 
 @app.command(name="eval")
@@ -102,16 +118,16 @@ def evaluate_run(
     plugin: Plugins = None,
 ) -> None:
     """Evaluate a trained run on suites; writes per-example records and results beside it."""
-    loaded = _load(run, plugin)
+    loaded = load(run, plugin)
     from stepladder.core.config import override, validate
     from stepladder.eval import suite
     from stepladder.run import EvalConfig
 
     tree = override(loaded.run.eval.model_dump(mode="json"), overrides or [])
-    only = {} if tasks is None else {"tasks": _names(tasks) or (tasks,)}
+    only = {} if tasks is None else {"tasks": listed(tasks) or (tasks,)}
     config = validate(EvalConfig, {**tree, **only}, "eval")
-    results = suite.evaluate(loaded, _names(suites) or config.suites, run, config)
-    _print_results(results, quiet=False)
+    results = suite.evaluate(loaded, listed(suites) or config.suites, run, config)
+    print_results(results, quiet=False)
     if any(result.get("status") == "failed" for result in results):
         raise typer.Exit(1)
 
@@ -129,7 +145,7 @@ def sample(
     plugin: Plugins = None,
 ) -> None:
     """Continue prompts with a trained run."""
-    loaded = _load(run, plugin)
+    loaded = load(run, plugin)
     from stepladder.eval.decode import continue_texts
 
     options: dict[str, Any] = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -154,12 +170,12 @@ def trace(
     plugin: Plugins = None,
 ) -> None:
     """Show what a trained run does on a text, token by token and tick by tick: arrays and a page of figures."""
-    loaded = _load(run, plugin)
+    loaded = load(run, plugin)
     from stepladder.eval.trace import record
     from stepladder.report.trace import write
 
     home = record(loaded, text, out or run / "trace", ticks=ticks, key=seed)
-    _say(f"page: {write(home)}")
+    say(f"page: {write(home)}")
 
 
 @app.command()
@@ -176,8 +192,8 @@ def climb(
     from stepladder import api
 
     files = tuple(plugin or ())
-    page = api.climb(ladder, *(overrides or []), text=text, runs=runs, jobs=jobs, plugins=files, say=_say)
-    _print_verdict(page)
+    page = api.climb(ladder, *(overrides or []), text=text, runs=runs, jobs=jobs, plugins=files, say=say)
+    print_verdict(page)
 
 
 @app.command()
@@ -185,7 +201,7 @@ def report(ladder: Annotated[Path, typer.Argument(help="directory of a climbed l
     """Judge a climbed ladder anew and write its page, Markdown and CSV from the files of its runs."""
     from stepladder.report.page import write
 
-    _print_verdict(write(ladder))
+    print_verdict(write(ladder))
 
 
 @app.command()
@@ -203,9 +219,9 @@ def check(
 
     broken = False
     for name in names:
-        _say(name, bold=True)
-        broken |= not _hold(name, _names(laws))
-        _say(f"float32 against float64 over the full unroll: rounding amplified {probe(name):.3g} times")
+        say(name, bold=True)
+        broken |= not hold(name, listed(laws))
+        say(f"float32 against float64 over the full unroll: rounding amplified {probe(name):.3g} times")
     if broken:
         raise typer.Exit(1)
 
@@ -225,8 +241,8 @@ def list_things(plugin: Plugins = None) -> None:
             line = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
             complexity = getattr(registry.get(name), "complexity", None)
             rows.append((name, f"{line} {complexity}" if complexity else line))
-        _print_rows(registry.noun, rows)
-    _print_rows("law", [(name, law.says) for name, law in LAWS.items()])
+        print_rows(registry.noun, rows)
+    print_rows("law", [(name, law.says) for name, law in LAWS.items()])
 
 
 data_app = typer.Typer(help="Make and check data sets.", no_args_is_help=True)
@@ -260,15 +276,15 @@ def compgen_generate(
     from stepladder.data import compgen, hub
 
     repo = hub.asked(hf_repo, hf_upload)
-    tree: dict[str, Any] = {"tasks": _names(tasks), "dataset_size": dataset_size, "seed": seed, "fmt": fmt}
+    tree: dict[str, Any] = {"tasks": listed(tasks), "dataset_size": dataset_size, "seed": seed, "fmt": fmt}
     tree |= {"min_n": min_n, "max_n": max_n, "split_frac": split_frac, "ood_n": ood_n}
     tree |= {"ood_value": ood_value, "ood_shift": ood_shift}
-    with _progress(f"writing {out_dir}", compgen.total(tree)) as advance:
+    with progress(f"writing {out_dir}", compgen.total(tree)) as advance:
         meta = compgen.generate(tree, out_dir, advance)
     counts = ", ".join(f"{split['examples']:,} {name}" for name, split in meta["splits"].items())
-    _say(f"{out_dir}: {counts}, {len(meta['tasks'])} tasks")
+    say(f"{out_dir}: {counts}, {len(meta['tasks'])} tasks")
     if repo:
-        _say(f"uploaded: {hub.upload(out_dir, repo, hf_private)}")
+        say(f"uploaded: {hub.upload(out_dir, repo, hf_private)}")
 
 
 @compgen_app.command(name="verify")
@@ -281,9 +297,9 @@ def compgen_verify(
     plugins.load(plugin or ())
     from stepladder.data import compgen
 
-    with _progress(f"checking {folder}", compgen.count(folder)) as advance:
+    with progress(f"checking {folder}", compgen.count(folder)) as advance:
         found = compgen.verify(folder, every, advance)
-    _say(f"{folder}: {', '.join(f'{count:,} {name}' for name, count in found.items())}: all as they should be")
+    say(f"{folder}: {', '.join(f'{count:,} {name}' for name, count in found.items())}: all as they should be")
 
 
 @clrs_app.command(name="generate")
@@ -300,12 +316,12 @@ def clrs_generate(
     """Write CLRS-Text, as question, answer, algo_name, length; no question twice."""
     from stepladder.data import clrs
 
-    grid = lengths if lengths in ("train", "eval") else _names(lengths)
-    tree: dict[str, Any] = {"algorithms": _names(algorithms), "lengths": grid, "per_cell": per_cell}
+    grid = lengths if lengths in ("train", "eval") else listed(lengths)
+    tree: dict[str, Any] = {"algorithms": listed(algorithms), "lengths": grid, "per_cell": per_cell}
     tree |= {"seed": seed, "hints": hints, "max_chars": max_chars}
-    with _progress(f"writing {out}", clrs.total(tree)) as advance:
+    with progress(f"writing {out}", clrs.total(tree)) as advance:
         made = clrs.generate(tree, out, exclude or (), advance)
-    _say(f"{out}: {clrs.told(made, per_cell)}")
+    say(f"{out}: {clrs.told(made, per_cell)}")
 
 
 @app.command()
@@ -333,90 +349,19 @@ def show(
     costs = showing.costs(chosen, vocab, context, batch, ticks, precision)  # first: a mistake prints nothing else
     for part in (showing.fields(chosen.kind, type(chosen)), costs, showing.layers(chosen, vocab, ticks)):
         console.print(part)
-    _say("\n".join(showing.hops(train)))
+    say("\n".join(showing.hops(train)))
 
 
-def _say(line: str, bold: bool = False) -> None:
-    """A line as it is: nothing is wrapped, and nothing in it is markup."""
-    console.print(line, style="bold" if bold else None, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's stderr; gives a function that moves it on."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    shown = Console(stderr=True)
-    bars = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=shown, transient=True)
-    bars.disable = not shown.is_terminal
-    with bars:
-        bar = bars.add_task(title, total=total)
-        yield lambda count: bars.advance(bar, count)
-
-
-def _names(given: str | None) -> tuple[str, ...]:
-    """Comma-separated names, without the blanks around them."""
-    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
-
-
-def _load(run: Path, plugin: list[str] | None) -> Loaded:
-    """The run, once its plugins have registered what it is made of."""
-    plugins.load(plugin or ())
+def _carry_out(run: Run, runs: Path, extend: bool, evaluate: bool, quiet: bool) -> None:
+    """Train a run, then evaluate it."""
+    from stepladder.eval import suite
     from stepladder.run import load
+    from stepladder.train import session
 
-    try:
-        return load(run)
-    except UserError as error:
-        if plugin or not re.search("unknown (architecture|task)", str(error)):
-            raise
-        raise UserError(f"{error} (if a plugin registers it, give --plugin FILE)") from error
-
-
-def _hold(name: str, only: tuple[str, ...]) -> bool:
-    """Print what every law says as soon as it has said it; returns whether all of them hold."""
-    from stepladder.laws import LAWS
-    from stepladder.laws import check as run_laws
-
-    held = True
-    # A law that does not exist comes first: it is refused before anything runs.
-    for law in sorted(dict.fromkeys(only or LAWS), key=LAWS.__contains__):
-        for finding in run_laws(name, only=(law,)):
-            mark = "[green]yes[/green]" if finding.passed else "[bold red]no [/bold red]"
-            detail = escape(" ".join(finding.detail.split()))
-            line = f"  {finding.law:<13} {mark}  {detail}  [dim]{finding.seconds:.1f} s[/dim]"
-            console.print(line, emoji=False, highlight=False, soft_wrap=True)
-            held &= finding.passed
-    return held
-
-
-def _print_rows(noun: str, rows: list[tuple[str, str]]) -> None:
-    table = Table(noun, "what it is")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def _print_results(results: list[dict[str, Any]], quiet: bool) -> None:
-    if quiet:
-        return
-    from stepladder.eval.suite import tables
-
-    for table in tables(results):
-        console.print(table)
-
-
-def _print_verdict(page: Path) -> None:
-    from stepladder.core.files import read_json
-    from stepladder.report.tables import VERDICT_HEADER, verdict_rows
-
-    verdict = read_json(page.with_name("verdict.json"))
-    shown = (0, 1, 4, 5, 7)  # rung, measure, difference, interval, verdict
-    table = Table(*(VERDICT_HEADER[column] for column in shown), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for row in verdict_rows(verdict):
-        table.add_row(*(escape(row[column]) for column in shown))
-    _say(verdict["headline"])
-    console.print(table)
-    _say(f"page: {page}")
+    home = session.train(run, runs, evaluate=suite.quick, rehearse=suite.check, extend=extend, quiet=quiet)
+    if evaluate and not suite.done(home, run):
+        print_results(suite.evaluate(load(home), run.eval.suites, home, quiet=quiet), quiet)
+    say(f"run: {home}")
 
 
 def main() -> None:

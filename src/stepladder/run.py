@@ -17,12 +17,14 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, safe_name, verify_manifest
 from stepladder.data.corpora import PYDOC
 from stepladder.data.curriculum import curriculum, fitting
-from stepladder.data.stream import DataConfig
+from stepladder.data.stream import AnySource, DataConfig
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.data.tokenizers import from_json as tokenizer_from_json
+from stepladder.models.adapters import add_adapters, merge_adapters
 from stepladder.models.lm import LanguageModel
 from stepladder.models.weights import load_weights
 from stepladder.models.zoo import ARCHITECTURES, Spec
+from stepladder.start import Start
 
 
 class TrainConfig(Config):
@@ -78,6 +80,7 @@ class TrainConfig(Config):
 
 Ticks = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=16, le=1 << 24)]
+Shots = Annotated[int, Field(ge=0, le=64)]
 
 
 class EvalConfig(Config):
@@ -97,6 +100,12 @@ class EvalConfig(Config):
         (256, 512, 1024, 2048, 4096), min_length=1, description="longctx suite: tokens of an item, answer included"
     )
     tasks: tuple[str, ...] = Field((), description="tasks that suites of tasks are restricted to; default: all")
+    transfer: tuple[AnySource, ...] = Field(
+        (), description="transfer suite: sources, as in data.sources, that the run is not trained on"
+    )
+    shots: tuple[Shots, ...] = Field(
+        (0,), min_length=1, description="transfer suite: numbers of demonstrations before a question"
+    )
 
 
 BOOKKEEPING = ("log_every", "eval_every", "eval_samples", "save_every", "keep")
@@ -112,6 +121,7 @@ class Run(Config):
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = Field(EvalConfig())
+    start: Start | None = Field(None, description="the run whose weights it starts from; default: fresh weights")
 
     @model_validator(mode="after")
     def _check(self) -> Run:
@@ -132,9 +142,11 @@ class Run(Config):
         return digest(self.decisive())
 
     def decisive(self) -> dict[str, Any]:
-        """The part of the tree that decides the weights: all but name, ``eval`` and the bookkeeping of ``train``."""
-        tree = {name: node for name, node in self.tree().items() if name not in ("name", "eval")}
-        return {**tree, "train": {name: node for name, node in tree["train"].items() if name not in BOOKKEEPING}}
+        """The part of the tree that decides the weights: all but name, ``eval``, the bookkeeping of ``train``, and
+        where the run lies whose weights it starts from."""
+        tree = {name: node for name, node in self.tree().items() if name not in ("name", "eval", "start")}
+        tree["train"] = {name: node for name, node in tree["train"].items() if name not in BOOKKEEPING}
+        return tree if self.start is None else {**tree, "start": self.start.model_dump(mode="json", exclude={"run"})}
 
 
 def read(
@@ -159,13 +171,14 @@ def read(
             f"give either the run file {path} or {_dashed(given)}, not both; with a file, write model.kind=..., "
             "train.steps=... instead"
         )
-    tree = read_tree(path) if path is not None else _from_flags(given, overrides)
+    tree = read_tree(path) if path is not None else from_flags(given, overrides)
     own = {"name": name or tree.get("name") or (path.stem if path else "run"), "seed": seed}
     tree = {**tree, **{field: value for field, value in own.items() if value is not None}}
     return Run.of(override(tree, overrides), str(path or "flags"))
 
 
-def _from_flags(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def from_flags(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The tree of a run from plain flags, as ``read`` takes them."""
     if given.keys() & {"alg_tasks", "alg_tokens", "total_tokens"}:
         return _curriculum(given, overrides)
     tasks = [{"kind": "task", "task": task} for task in str(given.get("tasks", "")).split(",") if task]
@@ -232,7 +245,8 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
     """The model that a run directory holds, from its newest sound checkpoint or from ``checkpoint`` (step or folder).
 
     Needs config.json, tokenizer.json and a checkpoint's weights, nothing else; every file is verified first and
-    weights must fit exactly. Whatever is missing or flawed is a UserError. device "auto": the GPU if there is one.
+    weights must fit exactly; adapters are merged into plain weights. Whatever is missing or flawed is a UserError.
+    device "auto": the GPU if there is one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,9 +265,13 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
     if not (home / "tokenizer.json").is_file():
         raise UserError(f"{home} has no tokenizer.json; restore it, or train the run again under another name")
     tokenizer = tokenizer_from_json((home / "tokenizer.json").read_text(encoding="utf-8"))
+    adapters = run.start and run.start.adapters
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
         model = run.model.build(tokenizer.vocab)
+        if adapters:
+            add_adapters(model, adapters.rank, adapters.scale, adapters.vocabulary)
     load_weights(model, path / "model.safetensors")
+    merge_adapters(model)
     return Loaded(run, model.to(device).eval(), tokenizer, int(read_state(path)["step"]), path)
 
 

@@ -66,7 +66,7 @@ def test_help_comes_at_once_and_without_torch(stepladder):
         done = stepladder("--help")
         times.append(time.monotonic() - began)
     assert done.returncode == 0
-    for command in ("train", "eval", "sample", "climb", "report", "check", "list", "show", "trace"):
+    for command in ("train", "finetune", "eval", "sample", "climb", "report", "check", "list", "show", "trace"):
         assert command in done.stdout
     assert min(times) < 2.0  # 0.4 s on an idle machine; the bound allows for a busy one
 
@@ -91,6 +91,12 @@ MISTAKES = [
     (["train", "--alg-tokens", "2e7", "--total-tokens", "1e7"], "give 0 < alg_tokens <= total_tokens"),
     (["train", "--alg-tasks", "copy", "--steps", "3"], "--steps cannot be given with a curriculum"),
     (["train", "--plugin", "absent.py"], "absent.py"),
+    (["finetune", "runs/absent", "--tasks", "copy", "--full"], "runs/absent is no run directory"),
+    (["finetune", "runs/absent", "--tasks", "copy"], "either --adapters RANK or --full"),
+    (["finetune", "runs/absent", "--tasks", "copy", "--full", "--adapters", "2"], "(not both)"),
+    (["finetune", "runs/absent", "--tasks", "copy", "--full", "--alpha", "2"], "--alpha belongs to adapters"),
+    (["finetune", "runs/absent", "given.yaml", "--steps", "2", "--full"], "not both"),
+    (["finetune", "runs/absent", "--full"], "say what to train"),
     (["eval", "runs/absent"], "runs/absent"),
     (["sample", "runs/absent", "x"], "runs/absent"),
     (["trace", "runs/absent", "--text", "x"], "runs/absent"),
@@ -213,6 +219,22 @@ def test_train_evaluate_sample_and_read_back(stepladder, tmp_path):
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "eval.tasks: 'cpoy' is no task of this run — did you mean 'copy'?; it has copy" in refused.stderr
+
+
+def test_fine_tuning_from_flags_evaluates_and_samples(stepladder, tmp_path):
+    small = ["model.width=16", "model.depth=1", "model.heads=2", "eval.samples=5"]
+    assert stepladder("train", *small, "--tasks", "copy", "--steps", "3", "--name", "one").returncode == 0
+    words = ["finetune", "runs/one", "--tasks", "reverse", "--steps", "3", "--adapters", "2", "eval.samples=5"]
+    done = stepladder(*words, "--name", "two")
+    assert done.returncode == 0, done.stderr
+    assert "reverse" in done.stdout
+    assert sl.load(tmp_path / "runs" / "two").run.start.adapters.rank == 2
+    assert stepladder("sample", "runs/two", "1+2=", "--max-new", "2").returncode == 0
+    for more, says in ((["--adapters", "99"], "give a smaller rank"), (["data.tokenizer=char"], "data.tokenizer")):
+        wrong = stepladder(*words, *more, "--name", "three")
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
+        assert says in wrong.stderr
+        assert not (tmp_path / "runs" / "three").exists()
 
 
 def test_a_curriculum_from_flags_trains_and_scores_both_kinds(stepladder, tmp_path):

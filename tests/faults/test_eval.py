@@ -16,7 +16,8 @@ from stepladder.eval.decode import generate
 from stepladder.eval.exact import algorithmic, ask, cells, lenient, sheets, tasks
 from stepladder.eval.likelihood import likelihood
 from stepladder.eval.self_test import Scripted, constant, oracle, scripted, shuffled, uniform
-from stepladder.eval.suite import Job, evaluate, quick, weights_digest
+from stepladder.eval.suite import Job, evaluate, quick
+from stepladder.models.weights import weights_digest
 from stepladder.models.zoo import ARCHITECTURES, spec
 from stepladder.run import Loaded, Run
 

@@ -162,12 +162,16 @@ class PairSource(Source):
         return value
 
 
+AnySource = Annotated[Source, BeforeValidator(chosen(SOURCES, "source"))]
+"""A node of a configuration that names a kind of source."""
+
+
 class DataConfig(Config):
     """What a run reads: a tokenizer, the length of a row, and a mixture of sources."""
 
     tokenizer: Annotated[TokenizerConfig, BeforeValidator(chosen(TOKENIZERS, "tokenizer"))] = ByteConfig()
     sequence: int = Field(128, ge=4, le=1 << 24, description="tokens in a row (T)")
-    sources: tuple[Annotated[Source, BeforeValidator(chosen(SOURCES, "source"))], ...] = Field(min_length=1)
+    sources: tuple[AnySource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:

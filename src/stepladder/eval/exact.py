@@ -77,18 +77,22 @@ def ask(
     config: EvalConfig,
     ticks: int | None = None,
     advance: Callable[[float], object] = float,
+    before: Sequence[np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Decode every question of a sheet and score it: one record an item, in the sheet's order.
 
+    before: ids that every question stands behind, one array an item; default: none.
     The bound on the output, unless configured, is the longest answer of that size plus 2 tokens: room for the
     end-of-sequence token, and for a wrong answer to show that it is too long.
     """
     prompts = [np.concatenate(([BOS], ids)) for ids in tokenizer.encode_all(sheet.examples.questions())]
-    bounds: list[int] | int = _bounds(sheet, tokenizer)
+    if before is not None:
+        prompts = [np.concatenate(pair) for pair in zip(before, prompts, strict=True)]
+    longest: list[int] | int = bounds(sheet, tokenizer)
     generations = generate(
         model,
         prompts,
-        max_new=bounds if config.max_new_tokens is None else config.max_new_tokens,
+        max_new=longest if config.max_new_tokens is None else config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
@@ -100,7 +104,8 @@ def ask(
     return [_record(sheet.task, item, one, tokenizer) for item, one in zip(sheet.items(), generations, strict=True)]
 
 
-def _bounds(sheet: Sheet, tokenizer: Tokenizer) -> list[int]:
+def bounds(sheet: Sheet, tokenizer: Tokenizer) -> list[int]:
+    """For every item the longest answer of its size plus 2 tokens."""
     lengths = np.array([len(ids) for ids in tokenizer.encode_all(sheet.examples.answers())])
     sizes = sheet.examples.size
     longest = {int(size): int(lengths[sizes == size].max()) + 2 for size in np.unique(sizes)}

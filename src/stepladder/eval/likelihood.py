@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -116,21 +116,31 @@ def table(results: dict[str, Any]) -> Table:
     return shown
 
 
-@suite("likelihood", needs="text", show=table, quick=brief)
-def likelihood(job: Job) -> Outcome:
-    """Perplexity and bits per byte of every text source's validation split."""
+def measure(
+    model: LanguageModel,
+    sources: dict[str, Iterator[TextBatch]],
+    limit: int,
+    advance: Callable[[float], object] = float,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, int, str]]]:
+    """Texts of a Stream's ``valid_text``, ``limit`` tokens each at most: summaries, records, and what was asked."""
     records: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     items: list[tuple[str, int, str]] = []
-    sources = _batches(job)
     for source, batches in sources.items():
         first = len(records)
-        for batch in _within(batches, job.config.text_tokens):
-            records += score(job.model, source, batch)
+        for batch in _within(batches, limit):
+            records += score(model, source, batch)
             items += [
                 (source, int(i), hashlib.sha256(text.tobytes() + row.tobytes()).hexdigest())
                 for i, text, row in zip(batch.index, batch.tokens, batch.targets, strict=True)
             ]
         found.append(summary(source, records[first:]))
-        job.advance(1 / len(sources))
+        advance(1 / len(sources))
+    return found, records, items
+
+
+@suite("likelihood", needs="text", show=table, quick=brief)
+def likelihood(job: Job) -> Outcome:
+    """Perplexity and bits per byte of every text source's validation split."""
+    found, records, items = measure(job.model, _batches(job), job.config.text_tokens, job.advance)
     return Outcome({"likelihood": found}, records, items)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -27,6 +26,7 @@ from stepladder.data.stream import Stream, TaskSource
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.eval.decode import evaluating
 from stepladder.models.lm import LanguageModel
+from stepladder.models.weights import weights_digest
 from stepladder.run import EvalConfig, Loaded, Run, cache_folder, latest_checkpoint, read_state
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -72,6 +72,7 @@ class Outcome:
 Evaluate = Callable[[Job], Outcome]
 Quick = Callable[[Job], dict[str, float]]
 Show = Callable[[dict[str, Any]], Table]
+Rehearse = Callable[[Run, EvalConfig], None]
 
 
 @dataclass
@@ -79,8 +80,9 @@ class Suite:
     """A registered suite. Its docstring is that of its function.
 
     needs: the source without which there is nothing to do. show: complete results as a table for the terminal.
-    quick: a brief form for use during training, scores by name. texts: whether it reads the run's text sources, if
-    there are any.
+    quick: a brief form for use during training, scores by name. rehearse: raises the UserErrors that a run and a
+    configuration are good for, before anything is trained or cleared. texts: whether it reads the run's text sources,
+    if there are any.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Suite:
     show: Show
     quick: Quick | None
     texts: bool
+    rehearse: Rehearse | None
 
     def missing(self, run: Run) -> bool:
         """Whether ``run`` has nothing that this suite could evaluate."""
@@ -104,12 +107,18 @@ SUITES: Registry[Suite] = Registry("suite")
 
 
 def suite(
-    name: str, needs: Needs, show: Show, quick: Quick | None = None, *, texts: bool = False
+    name: str,
+    needs: Needs,
+    show: Show,
+    quick: Quick | None = None,
+    *,
+    texts: bool = False,
+    rehearse: Rehearse | None = None,
 ) -> Callable[[Evaluate], Evaluate]:
     """``@suite("depth", needs="task", show=table)`` above a function of a Job registers it; see Suite."""
 
     def enter(function: Evaluate) -> Evaluate:
-        entry = Suite(name, needs, function, show, quick, texts or needs == "text")
+        entry = Suite(name, needs, function, show, quick, texts or needs == "text", rehearse)
         entry.__doc__ = function.__doc__
         SUITES.add(name, entry, aliases={name.replace("_", "-")} - {name})
         return function
@@ -137,7 +146,7 @@ def evaluate(
     out = loaded.path.parent.parent if out_dir is None else Path(out_dir)
     config = validate(EvalConfig, (config or loaded.run.eval).model_dump(), "eval")
     stream = _stream(loaded, chosen)
-    _draw(loaded.run, config)
+    _rehearse(loaded.run, chosen, config)
     meta = _meta(loaded, config)
     results = []
     with evaluating(loaded.model), _progress(quiet) as progress:
@@ -152,8 +161,7 @@ def evaluate(
 
 def check(run: Run) -> None:
     """Raise the UserError that evaluating ``run`` would end in: an unknown suite or task, a size without items."""
-    _chosen(run.eval.suites)
-    _draw(run, run.eval)
+    _rehearse(run, _chosen(run.eval.suites), run.eval)
     for task in _tasks(restricted(run, run.eval.tasks)):
         task.batch(run.eval.seed, "valid", np.arange(run.train.eval_samples), task.train)
 
@@ -204,11 +212,14 @@ def _tasks(run: Run) -> list[Task]:
     return [source.task for source in run.data.sources if isinstance(source, TaskSource)]
 
 
-def _draw(run: Run, config: EvalConfig) -> None:
-    """Draw one item of every evaluated size."""
+def _rehearse(run: Run, chosen: Sequence[str], config: EvalConfig) -> None:
+    """Draw one item of every evaluated size, and let every suite say what it would fail on."""
     for task in _tasks(restricted(run, config.tasks)):
         sizes = np.array(task.iid + task.ood, dtype=np.int64)
         task.batch(config.seed, "test", np.zeros(len(sizes), np.int64), sizes)
+    for entry in map(SUITES.get, chosen):
+        if entry.rehearse is not None:
+            entry.rehearse(run, config)
 
 
 def _stream(loaded: Loaded, chosen: Sequence[str]) -> Stream | None:
@@ -302,6 +313,8 @@ def _asked(config: EvalConfig) -> dict[str, Any]:
         "ticks": list(config.ticks),
         "lengths": list(config.lengths),
         "tasks": list(config.tasks),
+        "transfer": [source.model_dump(mode="json") for source in config.transfer],
+        "shots": list(config.shots),
         "grid_version": GRID_VERSION,
     }
 
@@ -320,12 +333,3 @@ def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
         "packages": {name: version(name) for name in ("stepladder", "torch", "numpy")},
         "device": next((p.device.type for p in model.parameters()), "cpu"),
     }
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -111,7 +111,7 @@ def _time(
 
 def planned(rung: Rung, name: str, seed: int) -> Run:
     """The run of a rung and a seed."""
-    return rung.run.model_copy(update={"name": f"{name}-s{seed}", "seed": seed})
+    return rung.run.model_copy(update={"name": f"{name}-s{seed}", "seed": seed, "start": rung.starts.get(seed)})
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def _evaluated(results: Path, suite: str, asked: EvalConfig) -> bool:
     """Whether a suite came to its end, on the items that are asked for: more samples are another evaluation."""
     found = read_json(results) if results.is_file() else {}
     meta, now = found.get("meta", {}), asked.model_dump(mode="json")
-    decisive = ("seed", "samples", "text_tokens", "ticks", "lengths", "tasks")
+    decisive = ("seed", "samples", "text_tokens", "ticks", "lengths", "tasks", "transfer", "shots")
     same = all(meta.get(field, now[field]) == now[field] for field in decisive)
     return same and found.get("status") in _CHECKED.get(suite, _ENDS)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -11,18 +12,29 @@ from pydantic import model_validator
 
 from stepladder.core.config import Config, Field, override, points, read_tree, validate
 from stepladder.core.errors import UserError
-from stepladder.core.files import safe_name
+from stepladder.core.files import read_json, safe_name
 from stepladder.core.registry import did_you_mean
 from stepladder.data.stream import Stream
 from stepladder.experiments.match import TOLERANCE, Match, cost, count, match_params
+from stepladder.models.adapters import add_adapters
 from stepladder.models.base import Cost
+from stepladder.models.weights import weights_digest
 from stepladder.models.zoo import ARCHITECTURES
-from stepladder.run import Run
+from stepladder.run import Loaded, Run, load
+from stepladder.start import Adapters, Start
+from stepladder.train.starting import fits
 
 _BOOKKEEPING = {
     "log_every", "eval_every", "eval_samples", "save_every", "keep", "threads", "device", "max_skips",
 }  # fmt: skip
 """Fields of train that say how a run is watched and kept, not what it is: no factors."""
+
+
+class LadderStart(Config):
+    """Every (rung, seed) starts from the run of the same rung and seed in a ladder that has been climbed."""
+
+    ladder: str = Field(description="name of that ladder under runs/, or its directory")
+    adapters: Adapters | None = Field(None, description="low-rank adapters; default: all weights are trained")
 
 
 class Ladder(Config):
@@ -39,6 +51,7 @@ class Ladder(Config):
     margin: float = Field(0.02, gt=0, lt=1, description="differences of accuracy within this count as equivalent")
     timing: int = Field(5, ge=0, description="rounds of the side-by-side timing at the end; 0 = none")
     margin_bits: float = Field(0.02, gt=0, description="the same for bits per byte")
+    start: LadderStart | None = Field(None, description="a climbed ladder to start from; default: fresh weights")
 
     @model_validator(mode="after")
     def _check(self) -> Ladder:
@@ -54,7 +67,10 @@ class Ladder(Config):
 
 @dataclass(frozen=True)
 class Rung:
-    """One architecture as configured in the ladder: its run (the seed still to be set), factor, and match."""
+    """One architecture as configured in the ladder: its run (seed and start still to be set), factor, and match.
+
+    starts: what the run of each seed starts from, if the ladder starts from another.
+    """
 
     name: str
     factor: str
@@ -64,6 +80,7 @@ class Rung:
     residual: float
     matched: bool
     train_flops: float
+    starts: Mapping[int, Start] = field(default_factory=dict)
 
 
 def read(path: Path, overrides: list[str], text: str | None = None) -> Ladder:
@@ -85,10 +102,14 @@ def _is_text(source: Any) -> bool:
     return source == "text" or (isinstance(source, dict) and source.get("kind") == "text")
 
 
-def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
-    """Every rung, validated, held to one factor, and matched to the control. Nothing is run, no weight allocated."""
+def expand(ladder: Ladder, cache: Path, runs: Path = Path("runs")) -> dict[str, Rung]:
+    """Every rung, validated, held to one factor, and matched to the control. Nothing is run, no weight allocated.
+
+    runs: where a ladder that this one starts from has been climbed; its models are loaded.
+    """
     control = Run.of({**ladder.run, "name": "run", "seed": 0}, f"ladder {ladder.name}")
-    vocab = Stream(control.data, control.seed, cache).tokenizer.vocab
+    bases = {name: _bases(ladder, name, runs) for name in ladder.rungs}
+    vocab = _vocab(control, bases[ladder.control], cache)
     context = control.data.sequence
     target = count(control.model, vocab)
     budget = _flops(control, cost(control.model, vocab, context))
@@ -98,7 +119,7 @@ def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
         changes = _changes(ladder.rungs[name], name)
         run = _rung(ladder, control, name, changes)
         factor = _factor(control, run, changes, name, is_control=name == ladder.control)
-        ids = vocab if run.data == control.data else Stream(run.data, run.seed, cache).tokenizer.vocab
+        ids = vocab if run.data == control.data else _vocab(run, bases[name], cache)
         own = count(run.model, ids)
         found = Match(run.model, own, (own - target) / target)
         if ladder.match == "params":
@@ -113,10 +134,65 @@ def expand(ladder: Ladder, cache: Path) -> dict[str, Rung]:
         twin = known.setdefault(run.hash(), name)
         if twin != name:
             raise UserError(f"the rungs '{twin}' and '{name}' are the same run; leave one of them out")
-        rungs[name] = Rung(
-            name, factor, run, price, found.params, residual, _close(residual, ladder.match), _flops(run, price)
-        )
+        starts = {seed: _start(ladder, name, run, base) for seed, base in bases[name].items()}
+        close = _close(residual, ladder.match)
+        rungs[name] = Rung(name, factor, run, price, found.params, residual, close, _flops(run, price), starts)
     return rungs
+
+
+def _vocab(run: Run, bases: dict[int, Loaded], cache: Path) -> int:
+    """The token ids of a run: those of what it starts from, if it does."""
+    own = next((base.tokenizer for base in bases.values()), None)
+    return Stream(run.data, run.seed, cache, own).tokenizer.vocab
+
+
+def _bases(ladder: Ladder, rung: str, runs: Path) -> dict[int, Loaded]:
+    """By seed, the trained runs that a rung's start from; none if the ladder starts afresh."""
+    if ladder.start is None:
+        return {}
+    named = ladder.start.ladder
+    home = next((home for home in (runs / named, Path(named)) if (home / "ladder.json").is_file()), None)
+    if home is None:
+        raise UserError(
+            f"ladder {ladder.name} starts from '{named}', and {runs / named} is no ladder; climb that first"
+        )
+    there, found = read_json(home / "ladder.json"), {}
+    for seed in ladder.seeds:
+        place = there["runs"].get(rung, {}).get(str(seed))
+        if place is None:
+            raise UserError(
+                f"ladder {ladder.name} starts from '{named}', which has no rung '{rung}' with seed {seed}; climb that "
+                "with it first, or leave it out here"
+            )
+        summary = read_json(home / place / "summary.json") if (home / place / "summary.json").is_file() else {}
+        if summary.get("status") != "complete" or summary.get("hash") != there["hashes"][rung][str(seed)]:
+            raise UserError(
+                f"ladder {ladder.name} starts from '{named}', where {place} has not been trained to its end (status: "
+                f"{summary.get('status', 'none')}); climb that first"
+            )
+        found[seed] = load(home / place, device="cpu")
+    return found
+
+
+def _start(ladder: Ladder, name: str, run: Run, base: Loaded) -> Start:
+    """What a rung's run starts from, once it is sure that it can."""
+    assert ladder.start is not None
+    if base.run.model != run.model:
+        ours, theirs = leaves(run.model.model_dump(mode="json")), leaves(base.run.model.model_dump(mode="json"))
+        path = next(path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path))
+        raise UserError(
+            f"rung '{name}' has model.{path} = {ours.get(path)}, and in the ladder '{ladder.start.ladder}', which it "
+            f"starts from, {theirs.get(path)}; give the same model and match here, or climb that one anew with these"
+        )
+    place, adapters = base.path.parent.parent, ladder.start.adapters
+    fits(run, base, place)
+    start = Start(run=str(place), weights=weights_digest(base.model), adapters=adapters)
+    if adapters is not None:
+        try:
+            add_adapters(base.model, adapters.rank, adapters.scale)  # which nobody needs any more
+        except UserError as error:
+            raise UserError(f"rung '{name}': {error}") from None
+    return start
 
 
 def _close(residual: float, match: str) -> bool:

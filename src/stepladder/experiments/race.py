@@ -26,6 +26,7 @@ from stepladder.run import Run, cache_folder
 from stepladder.train import session
 from stepladder.train.optim import adamw
 from stepladder.train.provenance import device_name
+from stepladder.train.starting import base_of, set_out
 from stepladder.train.step import gradient_step
 
 WARM_UP = 3
@@ -122,8 +123,11 @@ def stand_ready(config: Path) -> None:
     run = Run.of(read_json(config), str(config))
     device = session.pick_device(run.train)
     with session.torch_settings(run.train, device):
-        stream = Stream(run.data, run.seed, cache_folder())
-        model = session.build(run, stream.tokenizer.vocab).to(device)
+        base = base_of(run)
+        stream = Stream(run.data, run.seed, cache_folder(), base.tokenizer if base else None)
+        model = session.build(run, stream.tokenizer.vocab)
+        set_out(model, run, base)
+        model.to(device)
         optimizer = adamw(model, run.train)
         if run.train.compile:
             model.compile()

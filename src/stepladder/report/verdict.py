@@ -39,6 +39,15 @@ POWER = 0.8
 _OWN = {"from_step", "started", "argv"}  # facts of provenance that differ by nature
 
 
+def _start(ladder: Any) -> str | None:
+    """What the runs start from, in words; None if from fresh weights."""
+    start = ladder.get("start") if isinstance(ladder, dict) else None
+    if not start:
+        return None
+    stage = f"adapters of rank {start['adapters']['rank']}" if start.get("adapters") else "all weights"
+    return f"{start['ladder']}, {stage}"
+
+
 def judge(evidence: Evidence) -> dict[str, Any]:
     """The verdict on a ladder as plain JSON values: the content of verdict.json."""
     alpha = float(evidence.ladder.get("alpha") or 0.05)
@@ -70,6 +79,7 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         "ladder": evidence.ladder["name"],
         "control": evidence.control,
         "match": evidence.ladder.get("match"),
+        "start": _start(evidence.ladder.get("ladder")),
         "seeds": evidence.seeds,
         "alpha": alpha,
         "margin": margin,

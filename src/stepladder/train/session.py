@@ -34,14 +34,16 @@ from stepladder.core.keys import key
 from stepladder.core.redact import redact
 from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import Tokenizer
+from stepladder.models.adapters import LowRank
 from stepladder.models.lm import LanguageModel
-from stepladder.run import Run, TrainConfig, cache_folder
+from stepladder.run import Run, TrainConfig, cache_folder, checkpoints
 from stepladder.train import checkpoint, plots, provenance
 from stepladder.train.display import Display
 from stepladder.train.loop import Budget, Progress, Stop, fit
 from stepladder.train.loss import objective
 from stepladder.train.optim import adamw
 from stepladder.train.request import Asked, agree, finished, held
+from stepladder.train.starting import base_of, set_out, tokenizer_of
 
 Evaluate = Callable[[LanguageModel, Tokenizer, Run], Mapping[str, float]]
 
@@ -85,11 +87,14 @@ def train(
     run = asked.base
     device = pick_device(run.train)
     with torch_settings(run.train, device):
-        stream = Stream(run.data, run.seed, cache_folder())
-        model = build(run, stream.tokenizer.vocab).to(device)
+        base = base_of(run, begun=bool(checkpoints(run_dir)))
+        stream = Stream(run.data, run.seed, cache_folder(), tokenizer_of(run, run_dir, base))
+        model = build(run, stream.tokenizer.vocab)
+        flops = 3 * model.cost(run.data.sequence).flops  # with adapters, too: the gradient of whole weights is made
+        set_out(model, run, base)
+        model.to(device)
         optimizer = adamw(model, run.train)
         _rehearse(run, model, stream, rehearse)
-        flops = 3 * model.cost(run.data.sequence).flops
         tokens_per_step = run.train.batch * run.data.sequence
         budget = Budget.of(asked.train, tokens_per_step, flops)
         budget = replace(budget, horizon=Budget.of(run.train, tokens_per_step, flops).horizon)
@@ -345,7 +350,9 @@ def _write_ends(
 
 
 def _summary(asked: Asked, model: LanguageModel, progress: Progress, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    params = sum(p.numel() for p in model.parameters())
+    adapters = [p for module in model.modules() if isinstance(module, LowRank) for p in module.parameters()]
+    # Adapters are merged where the run is loaded: they are no part of its size.
+    params = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapters)
     embedded = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     return {
         "status": outcome["status"],
@@ -360,6 +367,7 @@ def _summary(asked: Asked, model: LanguageModel, progress: Progress, outcome: Ma
         "train_flops": progress.flops,
         "tokens_per_s": round(progress.tokens / max(progress.seconds, 1e-9), 1),
         "params": params,
+        "params_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params_nonembedding": params - embedded,
         "peak_memory_bytes": _peak_memory(model.embed.tokens.weight.device),
         "hash": asked.hash(),

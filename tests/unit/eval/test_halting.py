@@ -25,9 +25,10 @@ from stepladder.eval.halting import (
     table,
     walk,
 )
-from stepladder.eval.suite import Job, evaluate, weights_digest
+from stepladder.eval.suite import Job, evaluate
 from stepladder.models.base import Cost, Output
 from stepladder.models.halting import Halting
+from stepladder.models.weights import weights_digest
 from stepladder.models.zoo import spec
 
 TICKS = 4

@@ -9,7 +9,8 @@ import torch
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, read_lines, write_json, write_manifest
 from stepladder.eval import suite as suites
-from stepladder.eval.suite import SUITES, check, done, evaluate, quick, tables, weights_digest
+from stepladder.eval.suite import SUITES, check, done, evaluate, quick, tables
+from stepladder.models.weights import weights_digest
 
 
 def home(loaded):

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from stepladder.core.files import read_json
+from stepladder.core.files import read_json, write_json
 from stepladder.report import page
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -154,6 +154,17 @@ def test_every_run_failed(synthetic, tmp_path):
 def test_a_ladder_of_the_control_alone(synthetic, tmp_path):
     folder = synthetic.ladder(tmp_path / "alone", {"plain": synthetic.Rung()}, items=10, curve=5)
     assert "control <b>plain</b>" in page.write(folder).read_text()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "says"), [(None, "started from <b>base, all weights"), ({"rank": 8}, "<b>base, adapters of rank 8")]
+)
+def test_what_the_runs_started_from_stands_at_the_top(synthetic, tmp_path, adapters, says):
+    folder = synthetic.ladder(tmp_path / "later", {"plain": synthetic.Rung()}, items=10, curve=5)
+    assert "started from" not in page.write(folder).read_text()
+    about = read_json(folder / "ladder.json")
+    write_json(folder / "ladder.json", {**about, "ladder": {"start": {"ladder": "base", "adapters": adapters}}})
+    assert says in page.write(folder).read_text()
 
 
 def test_the_report_does_not_import_torch():

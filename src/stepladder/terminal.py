@@ -1,0 +1,108 @@
+"""The terminal: what the commands print, and the few things that all of them ask of their words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from stepladder import plugins
+from stepladder.core.errors import UserError
+
+if TYPE_CHECKING:
+    from stepladder.run import Loaded
+
+console = Console()
+
+
+def say(line: str, bold: bool = False) -> None:
+    """A line as it is: nothing is wrapped, and nothing in it is markup."""
+    console.print(line, style="bold" if bold else None, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr; gives a function that moves it on."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = Console(stderr=True)
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=shown, transient=True)
+    bars.disable = not shown.is_terminal
+    with bars:
+        bar = bars.add_task(title, total=total)
+        yield lambda count: bars.advance(bar, count)
+
+
+def listed(given: str | None) -> tuple[str, ...]:
+    """Comma-separated names, without the blanks around them."""
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
+
+
+def load(run: Path, plugin: list[str] | None) -> Loaded:
+    """The run, once its plugins have registered what it is made of."""
+    plugins.load(plugin or ())
+    from stepladder import run as running
+
+    try:
+        return running.load(run)
+    except UserError as error:
+        if plugin or not re.search("unknown (architecture|task)", str(error)):
+            raise
+        raise UserError(f"{error} (if a plugin registers it, give --plugin FILE)") from error
+
+
+def hold(name: str, only: tuple[str, ...]) -> bool:
+    """Print what every law says as soon as it has said it; returns whether all of them hold."""
+    from stepladder.laws import LAWS
+    from stepladder.laws import check as run_laws
+
+    held = True
+    # A law that does not exist comes first: it is refused before anything runs.
+    for law in sorted(dict.fromkeys(only or LAWS), key=LAWS.__contains__):
+        for finding in run_laws(name, only=(law,)):
+            mark = "[green]yes[/green]" if finding.passed else "[bold red]no [/bold red]"
+            detail = escape(" ".join(finding.detail.split()))
+            line = f"  {finding.law:<13} {mark}  {detail}  [dim]{finding.seconds:.1f} s[/dim]"
+            console.print(line, emoji=False, highlight=False, soft_wrap=True)
+            held &= finding.passed
+    return held
+
+
+def print_rows(noun: str, rows: list[tuple[str, str]]) -> None:
+    """A table of things by name."""
+    table = Table(noun, "what it is")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def print_results(results: list[dict[str, Any]], quiet: bool) -> None:
+    """The results of suites, each as its own table."""
+    if quiet:
+        return
+    from stepladder.eval.suite import tables
+
+    for table in tables(results):
+        console.print(table)
+
+
+def print_verdict(page: Path) -> None:
+    """The verdicts beside a written page."""
+    from stepladder.core.files import read_json
+    from stepladder.report.tables import VERDICT_HEADER, verdict_rows
+
+    verdict = read_json(page.with_name("verdict.json"))
+    shown = (0, 1, 4, 5, 7)  # rung, measure, difference, interval, verdict
+    table = Table(*(VERDICT_HEADER[column] for column in shown), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for row in verdict_rows(verdict):
+        table.add_row(*(escape(row[column]) for column in shown))
+    say(verdict["headline"])
+    console.print(table)
+    say(f"page: {page}")
