@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.keys import key, permute
 from stepladder.data.base import normalise, strings
 from stepladder.data.corpora import Corpus
-from stepladder.data.pairs import Quiz
+from stepladder.data.pairs import Pairs, Quiz
 from stepladder.data.stream import PairSource, Source, Stream, TaskSource, TextSource
 from stepladder.data.tokenizers import BOS, EOS, Tokenizer
 from stepladder.eval.exact import Sheet, ask, bounds, cells
@@ -85,17 +86,29 @@ def demonstrations(source: Source, sheet: Sheet, most: int, seed: int) -> list[S
         return shown
     assert isinstance(source, PairSource)
     assert isinstance(sheet.task, Quiz)
-    held = {normalise(pair.question) for pair in source.pairs.held}
-    # A file of the user's may hold a question on both sides: data.json of a run says so, and here it is not shown.
-    group = (pair for pair in source.pairs.train if pair.group == sheet.task.group)
-    pool = [(pair.question, pair.answer) for pair in group if normalise(pair.question) not in held]
-    for row, (size, index) in enumerate(rows):
-        if pool:
-            order = permute(secret / size / index, len(pool), np.arange(min(most, len(pool))))
-            shown[row] = [pool[place] for place in order.tolist()]
+    pool = _trained(source.pairs).get(sheet.task.group, np.empty(0, np.int64))
+    orders = [permute(secret / size / index, len(pool), np.arange(min(most, len(pool)))) for size, index in rows]
+    chosen, places = np.unique(pool[np.concatenate(orders)], return_inverse=True)
+    texts = [(pair.question, pair.answer) for pair in source.pairs.train.take(chosen)]
+    for row, mine in enumerate(places.reshape(len(rows), -1).tolist()):
+        shown[row] = [texts[place] for place in mine]
     drawn = [normalise(question) for each in shown for question, _ in each]
     _never_asked(sheet.name, drawn, map(normalise, sheet.examples.questions()))
     return shown
+
+
+@lru_cache(maxsize=4)
+def _trained(pairs: Pairs) -> dict[str, np.ndarray]:
+    """By group the rows of the training pairs that can be shown.
+
+    A file of the user's may hold a question on both sides: data.json of a run says so, and here it is not shown.
+    """
+    held = {normalise(pair.question) for pair in pairs.held}
+    found: dict[str, list[int]] = {}
+    for row, pair in enumerate(pairs.train):
+        if normalise(pair.question) not in held:
+            found.setdefault(pair.group, []).append(row)
+    return {group: np.array(rows) for group, rows in found.items()}
 
 
 def _never_asked(name: str, shown: Iterable[str], tested: Iterable[str]) -> None:
