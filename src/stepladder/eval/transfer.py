@@ -86,7 +86,9 @@ def demonstrations(source: Source, sheet: Sheet, most: int, seed: int) -> list[S
         return shown
     assert isinstance(source, PairSource)
     assert isinstance(sheet.task, Quiz)
-    pool = _trained(source.pairs).get(sheet.task.group, np.empty(0, np.int64))
+    pool = _trained(source.pairs).get(sheet.task.group)
+    if pool is None:
+        return shown
     orders = [permute(secret / size / index, len(pool), np.arange(min(most, len(pool)))) for size, index in rows]
     chosen, places = np.unique(pool[np.concatenate(orders)], return_inverse=True)
     texts = [(pair.question, pair.answer) for pair in source.pairs.train.take(chosen)]
