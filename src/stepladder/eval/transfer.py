@@ -86,7 +86,7 @@ def demonstrations(source: Source, sheet: Sheet, most: int, seed: int) -> list[S
         return shown
     assert isinstance(source, PairSource)
     assert isinstance(sheet.task, Quiz)
-    pool = _trained(source.pairs).get(sheet.task.group)
+    pool = trained_rows(source.pairs).get(sheet.task.group)
     if pool is None:
         return shown
     orders = [permute(secret / size / index, len(pool), np.arange(min(most, len(pool)))) for size, index in rows]
@@ -100,7 +100,7 @@ def demonstrations(source: Source, sheet: Sheet, most: int, seed: int) -> list[S
 
 
 @lru_cache(maxsize=4)
-def _trained(pairs: Pairs) -> dict[str, np.ndarray]:
+def trained_rows(pairs: Pairs) -> dict[str, np.ndarray]:
     """By group the rows of the training pairs that can be shown.
 
     A file of the user's may hold a question on both sides: data.json of a run says so, and here it is not shown.

@@ -13,7 +13,7 @@ from stepladder.data.tokenizers import BOS, EOS, ByteTokenizer
 from stepladder.eval import exact, transfer
 from stepladder.eval.likelihood import measure
 from stepladder.eval.suite import check, evaluate, tables
-from stepladder.eval.transfer import asked, demonstrations, positions, prompts
+from stepladder.eval.transfer import asked, demonstrations, positions, prompts, trained_rows
 from stepladder.report import suites as page
 from stepladder.report.evidence import RunFiles
 
@@ -84,6 +84,7 @@ def test_pairs_that_leak_are_not_shown_and_would_be_caught(make, pairs, tmp_path
     first = _asked(loaded)[0]
     assert {len(shown) for shown in first.shown} == {40}  # of the group's 60 in the file
     monkeypatch.setattr(source.pairs, "held", [])
+    trained_rows.cache_clear()
     with pytest.raises(RuntimeError, match=r"train/a: .* demonstrations are test questions"):
         demonstrations(source, first.sheet, 60, 0)
     assert Pairs is type(source.pairs)
