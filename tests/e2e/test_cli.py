@@ -255,7 +255,7 @@ def test_programs_are_made_verified_trained_on_and_scored(stepladder, tmp_path):
     made = ["data", "compgen", "generate", "--out-dir", "made", "--tasks", "gcd, majority", "--dataset-size", "60"]
     done = stepladder(*made, "--max-n", "24", "--ood-n", "40")
     assert done.returncode == 0, done.stderr
-    assert "made: 118 train, 2 test, 2 ood, 2 tasks" in done.stdout
+    assert "made: 118 train, 2 test, 2 ood, 1 value_ood, 2 tasks" in done.stdout
     assert "all as they should be" in stepladder("data", "compgen", "verify", "made").stdout
     source = {
         "kind": "pairs",

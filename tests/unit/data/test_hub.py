@@ -134,7 +134,11 @@ def test_every_file_arrives_as_it_is(stepladder, tmp_path):
     assert (created["organization"], created["name"], created["type"]) == ("me", "programs", "dataset")
     assert created.get("private") or created.get("visibility") == "private"
     here = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
-    assert set(here) == {"train.jsonl", "test.jsonl", "ood.jsonl", "meta.json", "README.md"}
+    assert set(here) == {
+        *(f"{split}.jsonl" for split in ("train", "test", "ood", "value_ood")),
+        "meta.json",
+        "README.md",
+    }
     assert server.files == here
     assert len(server.blobs) == 1, "large files go another way"
     asked = [(path, told) for method, path, told in server.calls if path.startswith("/api/datasets/")]
