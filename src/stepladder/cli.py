@@ -73,6 +73,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="seed of the run")] = None,
     runs: Runs = Path("runs"),
     extend: Annotated[bool, typer.Option(help="go on with a larger budget, at the final learning rate")] = False,
+    use_muon: Annotated[bool, typer.Option("--use-muon", help="Muon for hidden matrices")] = False,
+    muon_lr: Annotated[float | None, typer.Option(help="Muon's learning rate [0.02]")] = None,
+    aux_adam_lr: Annotated[float | None, typer.Option(help="learning rate of AdamW beside it: train.lr")] = None,
+    freeze_encoder: Annotated[bool, typer.Option("--freeze-encoder", help="do not train the image encoder")] = False,
     evaluate: Annotated[bool, typer.Option(help="run the evaluation suites at the end")] = True,
     quiet: Annotated[bool, typer.Option(help="no progress")] = False,
     plugin: Plugins = None,
@@ -86,7 +90,8 @@ def train(
     flags: dict[str, Any] = {"model": model, "text": text, "steps": steps}
     flags |= {"tasks": ",".join(_names(tasks)) or tasks, "alg_tasks": ",".join(_names(alg_tasks)) or alg_tasks}
     flags |= {"alg_tokens": alg_tokens, "total_tokens": total_tokens}
-    run = running.read(config, overrides or [], flags, name=name, seed=seed)
+    switched = running.switches(use_muon, muon_lr, aux_adam_lr, freeze_encoder)
+    run = running.read(config, [*switched, *(overrides or [])], flags, name=name, seed=seed)
     home = session.train(run, runs, evaluate=suite.quick, rehearse=suite.check, extend=extend, quiet=quiet)
     if evaluate and not suite.done(home, run):
         _print_results(suite.evaluate(running.load(home), run.eval.suites, home, quiet=quiet), quiet)

@@ -17,9 +17,11 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, safe_name, verify_manifest
 from stepladder.data.corpora import PYDOC
 from stepladder.data.curriculum import curriculum, fitting
+from stepladder.data.images import ImageSource
 from stepladder.data.stream import DataConfig
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.data.tokenizers import from_json as tokenizer_from_json
+from stepladder.models.encoders import ENCODERS, EncoderSpec
 from stepladder.models.lm import LanguageModel
 from stepladder.models.weights import load_weights
 from stepladder.models.zoo import ARCHITECTURES, Spec
@@ -34,7 +36,11 @@ class TrainConfig(Config):
     tokens: int | None = Field(None, ge=1, description="budget in input tokens")
     flops: float | None = Field(None, gt=0, description="budget in training FLOPs (3 x forward, executed ticks)")
     seconds: float | None = Field(None, gt=0, description="budget in wall seconds; such runs do not repeat bitwise")
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for hidden matrices, and AdamW for the rest"
+    )
+    lr: float = Field(3e-3, gt=0, description="peak learning rate, of AdamW")
+    muon_lr: float | None = Field(None, gt=0, description="Muon's peak learning rate; the schedule is AdamW's [0.02]")
     min_lr: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of lr")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the budget with a rising learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
@@ -45,6 +51,7 @@ class TrainConfig(Config):
     clip: float = Field(1.0, gt=0, description="bound on the global gradient norm")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; masters stay fp32")
     compile: bool = Field(False, description="torch.compile the model")
+    freeze_encoder: bool = Field(False, description="leave the image encoder as it was initialised")
     horizon: int | None = Field(
         None,
         ge=1,
@@ -73,6 +80,8 @@ class TrainConfig(Config):
             raise ValueError(f"give exactly one budget of steps, tokens, flops, seconds, not {budgets or 'none'}")
         if self.micro is not None and self.batch % self.micro:
             raise ValueError(f"micro={self.micro} does not divide batch={self.batch}")
+        if self.muon_lr is not None and self.optimizer != "muon":
+            raise ValueError(f"muon_lr={self.muon_lr} is for Muon; set optimizer: muon (--use-muon), or leave it out")
         return self
 
 
@@ -109,6 +118,9 @@ class Run(Config):
     name: str = Field("run", description="directory of the run under runs/")
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and noise")
     model: Annotated[SerializeAsAny[Spec], BeforeValidator(chosen(ARCHITECTURES, "model"))]
+    encoder: Annotated[SerializeAsAny[EncoderSpec] | None, BeforeValidator(chosen(ENCODERS, "encoder"))] = Field(
+        None, description="what turns images among the tokens into embeddings; any architecture takes one"
+    )
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = Field(EvalConfig())
@@ -116,7 +128,33 @@ class Run(Config):
     @model_validator(mode="after")
     def _check(self) -> Run:
         safe_name(self.name)
+        if self.train.freeze_encoder and self.encoder is None:
+            raise ValueError("train.freeze_encoder: there is no encoder to freeze; give one, such as encoder: conv")
+        for place, source in enumerate(self.data.sources):
+            if isinstance(source, ImageSource):
+                _fits(self.encoder, source, f"data.sources.{place}")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _geometry(cls, tree: Any) -> Any:
+        """Sources of images are told what the encoder makes of one, where they do not say it themselves."""
+        try:
+            seen = chosen(ENCODERS, "encoder")(tree["encoder"])
+            told = {"side": seen.side, "channels": seen.channels, "slots": seen.slots}
+            pictured = [s.get("kind") == "images" and s.get("levels") is None for s in tree["data"]["sources"]]
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return tree  # there is no encoder; or the fields' own checks say what is wrong
+        pairs = zip(tree["data"]["sources"], pictured, strict=True)
+        sources = [{**told, **source} if shown else source for source, shown in pairs]
+        return {**tree, "data": {**tree["data"], "sources": sources}}
+
+    def build(self, vocab: int) -> LanguageModel:
+        """A freshly initialised model for ``vocab`` token ids, with its encoder; weights as those of ``Spec.build``."""
+        model = self.model.build(vocab)
+        if self.encoder is not None:
+            model.vision = self.encoder.build(model.width)
+        return model
 
     def tree(self) -> dict[str, Any]:
         """The run as plain JSON data; ``Run.of(run.tree())`` gives it back."""
@@ -135,6 +173,29 @@ class Run(Config):
         """The part of the tree that decides the weights: all but name, ``eval`` and the bookkeeping of ``train``."""
         tree = {name: node for name, node in self.tree().items() if name not in ("name", "eval")}
         return {**tree, "train": {name: node for name, node in tree["train"].items() if name not in BOOKKEEPING}}
+
+
+def _fits(encoder: EncoderSpec | None, source: ImageSource, where: str) -> None:
+    if source.levels is not None:
+        return
+    if encoder is None:
+        raise ValueError(
+            f"{where} has images and the run has no encoder; give one, such as encoder: {{kind: conv, side: 28}}, "
+            f"or show pixels as tokens with {where}.levels=16"
+        )
+    for name in ("side", "channels", "slots"):
+        if getattr(source, name) != getattr(encoder, name):
+            raise ValueError(
+                f"{where}.{name} is {getattr(source, name)} and the encoder has {getattr(encoder, name)}; leave it out"
+            )
+
+
+def switches(use_muon: bool, muon_lr: float | None, aux_adam_lr: float | None, freeze_encoder: bool) -> list[str]:
+    """Overrides that stand for flags of ``stepladder train``; they go with a run file, too."""
+    given = {"muon_lr": muon_lr, "lr": aux_adam_lr}
+    found = [f"train.{field}={value}" for field, value in given.items() if value is not None]
+    found += ["train.optimizer=muon"] if use_muon else []
+    return found + (["train.freeze_encoder=true"] if freeze_encoder else [])
 
 
 def read(
@@ -252,7 +313,7 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
         raise UserError(f"{home} has no tokenizer.json; restore it, or train the run again under another name")
     tokenizer = tokenizer_from_json((home / "tokenizer.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
-        model = run.model.build(tokenizer.vocab)
+        model = run.build(tokenizer.vocab)
     load_weights(model, path / "model.safetensors")
     return Loaded(run, model.to(device).eval(), tokenizer, int(read_state(path)["step"]), path)
 

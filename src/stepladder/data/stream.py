@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BeforeValidator, field_validator, model_validator
@@ -57,6 +57,22 @@ class Source(Kinded):
         """What suites of tasks ask of the source called ``name``, each with a name of its own."""
         return []
 
+    def alphabet(self) -> set[str]:
+        """Every character that a tokenizer of this source must know."""
+        return set()
+
+    def overlap(self) -> dict[str, int]:
+        """How much of what is held out is in the training part, for kinds that the stream does not know."""
+        raise NotImplementedError
+
+    def content(self) -> str:
+        """A digest of what is read, for kinds that are read whole."""
+        raise NotImplementedError
+
+    def open(self, name: str, seed: int, tokenizer: Tokenizer, length: int) -> Rows:
+        """The rows of this source under the name it has in the run; for kinds that are not packed by the stream."""
+        raise NotImplementedError
+
     @field_validator("weight")
     @classmethod
     def _in_order(cls, weight: float | tuple[tuple[int, float], ...]) -> float | tuple[tuple[int, float], ...]:
@@ -75,6 +91,7 @@ class Source(Kinded):
 
 
 SOURCES: Registry[type[Source]] = Registry("data source")
+SOURCES.lazy("images", "stepladder.data.images:ImageSource", extra="vision")
 
 
 @register(SOURCES, "task")
@@ -139,6 +156,10 @@ class PairSource(Source):
         """The file's name without folders and endings."""
         return source_name(self.path)
 
+    def content(self) -> str:
+        """A digest of the pairs."""
+        return self.pairs.digest
+
     @cached_property
     def pairs(self) -> Pairs:
         """What the files hold, read once."""
@@ -180,7 +201,7 @@ class DataConfig(Config):
                 f"tokenizer 'alphabet' knows the tasks' characters only, not those of '{texts[0]}';"
                 " use 'byte', 'char' or 'bpe'"
             )
-        if self.tokenizer.kind == "bpe" and all(isinstance(source, TaskSource) for source in self.sources):
+        if self.tokenizer.kind == "bpe" and not any(isinstance(s, TextSource | PairSource) for s in self.sources):
             raise ValueError("tokenizer 'bpe' learns from text and there is no text source; use 'alphabet' or 'byte'")
         return self
 
@@ -195,17 +216,30 @@ class DataConfig(Config):
 
 
 @dataclass(frozen=True)
+class Shown:
+    """The images of rows: ``pixels`` uint8 ``[B, I, C, Y, X]``, and ``slots`` int64 ``[B, T]``.
+
+    A slot is the number, in its row, of the image's embedding that stands there (see models.base.Images), or -1.
+    """
+
+    pixels: np.ndarray
+    slots: np.ndarray
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of T tokens, int64 ``[B, T]``.
 
     ``targets``: what comes next in the same document, IGNORE where nothing is asked. ``documents``: runs of equal ids,
     from 0 in every row; padding is a run too. ``source`` [B]: the place of each row's source in the configuration.
+    ``images``: None if no source of the run has any; rows without are blank.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     documents: np.ndarray
     source: np.ndarray
+    images: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -222,9 +256,28 @@ class TextBatch:
     index: np.ndarray
 
 
-class _Rows(Protocol):
+class Rows(Protocol):
+    """The training rows of one source."""
+
     def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens, targets, documents) of the rows with these numbers in the whole run."""
+
+
+@runtime_checkable
+class Illustrated(Rows, Protocol):
+    """Rows that have images, or are made of some."""
+
+    images: int  # at positions of a row
+    source: Any  # with the geometry of an image, and what its held-out images are
+
+    def shown(self, step: int, numbers: np.ndarray) -> Shown:
+        """The images of the rows with these numbers."""
+
+    def about(self) -> dict[str, Any]:
+        """Counts of images and tokens, as data.json has them."""
+
+    def expanded(self, params: int) -> Illustrated:
+        """The rows for a model of so many parameters, where the number of different images depends on it."""
 
 
 class Stream:
@@ -239,13 +292,13 @@ class Stream:
         texts = {i: Corpus(s.path, s.valid) for i, s in enumerate(config.sources) if isinstance(s, TextSource)}
         tasks = [source.task for source in config.sources if isinstance(source, TaskSource)]
         self.pairs = {self.names[i]: s.pairs for i, s in enumerate(config.sources) if isinstance(s, PairSource)}
-        characters = set().union(*(task.alphabet for task in tasks))
+        characters = set().union(*(task.alphabet for task in tasks), *(s.alphabet() for s in config.sources))
         if config.tokenizer.kind == "alphabet":
             characters = characters.union(*(pairs.alphabet() for pairs in self.pairs.values()))
         read: list[Learnable] = [*texts.values(), *self.pairs.values()]
         self.tokenizer = tokenizer or learn(config.tokenizer, "".join(sorted(characters)), read, cache)
         self.texts = {self.names[i]: prepare(corpus, self.tokenizer, cache) for i, corpus in texts.items()}
-        self._rows: list[_Rows] = []
+        self._rows: list[Rows] = []
         for name, source in zip(self.names, config.sources, strict=True):
             if isinstance(source, TaskSource):
                 typical = probe(source.task, self.tokenizer, config.sequence)
@@ -254,8 +307,10 @@ class Stream:
                 secret = key(seed, "data", "pairs", name)
                 rows = packed(self.pairs[name].train, self.tokenizer, config.sequence, secret / "rows")
                 self._rows.append(_PairRows(rows, secret))
-            else:
+            elif isinstance(source, TextSource):
                 self._rows.append(_TextRows(self.texts[name], key(seed, "data", "text", name), config.sequence))
+            else:
+                self._rows.append(source.open(name, seed, self.tokenizer, config.sequence))
 
     def batch(self, step: int, rows: np.ndarray, batch_size: int) -> Batch:
         """The rows ``rows`` [B] (each in ``range(batch_size)``, any order) of the batch of ``batch_size`` at ``step``.
@@ -275,7 +330,36 @@ class Stream:
         for i in np.unique(chosen_source):
             mine = chosen_source == i
             tokens[mine], targets[mine], documents[mine] = self._rows[i].rows(step, numbers[mine])
-        return Batch(tokens, targets, documents, chosen_source)
+        return Batch(tokens, targets, documents, chosen_source, self._shown(step, numbers, chosen_source))
+
+    def expand(self, params: int) -> None:
+        """Make as many different images as a model of ``params`` parameters wants, where a source says a ratio."""
+        self._rows = [rows.expanded(params) if isinstance(rows, Illustrated) else rows for rows in self._rows]
+
+    def images(self) -> dict[str, Any]:
+        """By source of images: how many there are, how often each is shown anew, tokens, and what was asked for."""
+        named = zip(self.names, self._rows, strict=True)
+        return {name: rows.about() for name, rows in named if isinstance(rows, Illustrated)}
+
+    def images_per_row(self) -> float:
+        """How many images an encoder is given with a row: as many as a row can have, in rows without any, too."""
+        return float(max((rows.images for rows in self._rows if isinstance(rows, Illustrated)), default=0))
+
+    def _shown(self, step: int, numbers: np.ndarray, chosen_source: np.ndarray) -> Shown | None:
+        most = int(self.images_per_row())
+        if not most:
+            return None
+        seen = next(rows for rows in self._rows if isinstance(rows, Illustrated) and rows.images)
+        side, channels = seen.source.side, seen.source.channels
+        pixels = np.zeros((len(numbers), most, channels, side, side), dtype=np.uint8)
+        slots = np.full((len(numbers), self.config.sequence), -1, dtype=np.int64)
+        for i in np.unique(chosen_source):
+            rows = self._rows[i]
+            if isinstance(rows, Illustrated) and rows.images:
+                mine = chosen_source == i
+                found = rows.shown(step, numbers[mine])
+                pixels[mine, : rows.images], slots[mine] = found.pixels, found.slots
+        return Shown(pixels, slots)
 
     def valid_text(self, rows: int = 32) -> dict[str, Iterator[TextBatch]]:
         """For every text source all its validation tokens, ``rows`` windows at a time (the last batch has fewer).
@@ -298,7 +382,8 @@ class Stream:
         ``exact`` and ``normalised`` (but for case and white space). By task source: how many of its first test
         questions are among as many of its training, ``exact``, ``normalised`` and ``canonical``; measured, never
         assumed, so a task that has no test items at some size of its training range has no entry. By group of pairs:
-        how many held-out ``questions`` there are, and how many of them are in the training pairs."""
+        how many held-out ``questions`` there are, and how many of them are in the training pairs. By source of
+        images: how many ``images`` there are to test on, and how many of them are in the training images."""
         found = {
             name: {"documents": shards.about["splits"]["valid"]["documents"], **shards.about["overlap"]}
             for name, shards in self.texts.items()
@@ -313,6 +398,8 @@ class Stream:
             elif isinstance(source, PairSource):
                 counted = self.pairs[name].overlap()
                 found |= {f"{name}/{group}" if group else name: counts for group, counts in counted.items()}
+            elif not isinstance(source, TextSource):
+                found[name] = source.overlap()
         return found
 
     def fingerprint(self) -> str:
@@ -325,8 +412,10 @@ class Stream:
             if isinstance(source, TaskSource):
                 drawn = source.task.batch(0, "train", np.arange(64), source.task.train)
                 content = hashlib.sha256(drawn.question.tobytes() + drawn.answer.tobytes()).hexdigest()
+            elif isinstance(source, TextSource):
+                content = self.texts[name].about["text"]
             else:
-                content = self.pairs[name].digest if name in self.pairs else self.texts[name].about["text"]
+                content = source.content()
             parts.append([name, source.model_dump(mode="json", exclude={"path", "valid"}), content])
         return digest({"tokenizer": self.tokenizer.fingerprint, "sequence": self.config.sequence, "sources": parts})
 
@@ -371,7 +460,7 @@ class _TextRows:
     length: int
 
     def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        windows = _shuffled(self.secret, self.shards.train.windows(self.length), numbers)
+        windows = shuffled(self.secret, self.shards.train.windows(self.length), numbers)
         return self.shards.train.rows(windows, self.length)
 
 
@@ -383,10 +472,10 @@ class _PairRows:
     secret: Key
 
     def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.packed.rows(_shuffled(self.secret, self.packed.windows, numbers))
+        return self.packed.rows(shuffled(self.secret, self.packed.windows, numbers))
 
 
-def _shuffled(secret: Key, size: int, numbers: np.ndarray) -> np.ndarray:
+def shuffled(secret: Key, size: int, numbers: np.ndarray) -> np.ndarray:
     """Places [B] in an endless series of shuffled passes over ``range(size)``: what stands there."""
     passes, places = np.divmod(numbers, size)
     found = np.empty_like(places)

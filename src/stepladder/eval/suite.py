@@ -34,7 +34,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 GRID_VERSION = "1"
 """Raise when the same configuration comes to mean other items or another rule of scoring."""
 
-Needs = Literal["task", "text", "any"]
+Needs = Literal["task", "text", "image", "any"]
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ from stepladder.train import checkpoint, plots, provenance
 from stepladder.train.display import Display
 from stepladder.train.loop import Budget, Progress, Stop, fit
 from stepladder.train.loss import objective
-from stepladder.train.optim import adamw
+from stepladder.train.optim import optimizer as make_optimizer
 from stepladder.train.request import Asked, agree, finished, held
+from stepladder.train.step import tensors
 
 Evaluate = Callable[[LanguageModel, Tokenizer, Run], Mapping[str, float]]
 
@@ -87,9 +88,10 @@ def train(
     with torch_settings(run.train, device):
         stream = Stream(run.data, run.seed, cache_folder())
         model = build(run, stream.tokenizer.vocab).to(device)
-        optimizer = adamw(model, run.train)
+        stream.expand(body(model))
+        optimizer = make_optimizer(model, run.train)
         _rehearse(run, model, stream, rehearse)
-        flops = 3 * model.cost(run.data.sequence).flops
+        flops = 3 * model.cost(run.data.sequence, images=stream.images_per_row()).flops
         tokens_per_step = run.train.batch * run.data.sequence
         budget = Budget.of(asked.train, tokens_per_step, flops)
         budget = replace(budget, horizon=Budget.of(run.train, tokens_per_step, flops).horizon)
@@ -138,7 +140,16 @@ def build(run: Run, vocab: int) -> LanguageModel:
     """The model of a run with its initial weights, a function of the run's seed; torch's generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(run.seed, "init").seed())
-        return run.model.build(vocab).train()
+        model = run.build(vocab).train()
+        if run.train.freeze_encoder and model.vision is not None:
+            model.vision.requires_grad_(False)
+        return model
+
+
+def body(model: LanguageModel) -> int:
+    """Parameters but for the token embeddings and the head: what a ratio of tokens to parameters counts."""
+    outside = {id(p): p.numel() for part in (model.embed, model.head) for p in part.parameters()}
+    return sum(p.numel() for p in model.parameters()) - sum(outside.values())
 
 
 @contextmanager
@@ -165,12 +176,10 @@ def _rehearse(run: Run, model: LanguageModel, stream: Stream, also: Callable[[Ru
     if also:
         also(run)
     batch = stream.batch(0, np.arange(run.train.micro or run.train.batch), run.train.batch)
-    device = model.embed.tokens.weight.device
-    tokens, targets, documents = (
-        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets, batch.documents)
-    )
+    tokens, targets, documents, images = tensors(batch, model.embed.tokens.weight.device)
+    shown = {} if images is None else {"images": images}
     with torch.no_grad():
-        objective(model(tokens, targets=targets, documents=documents, key=0), targets, run.train.losses)
+        objective(model(tokens, targets=targets, documents=documents, key=0, **shown), targets, run.train.losses)
 
 
 # The directory ------------------------------------------------------------------------------------------------------
@@ -225,7 +234,8 @@ def _open(
     _configure(run_dir, asked.base)
     if not known.exists():
         write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
-        write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap()})
+        seen = {"images": images} if (images := stream.images()) else {}
+        write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap(), **seen})
     if asked.extended:
         write_json(run_dir / "extension.json", asked.extended)
     progress = Progress(**state["progress"])
