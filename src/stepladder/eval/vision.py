@@ -153,10 +153,10 @@ def brief(job: Job) -> dict[str, float]:
 def table(results: dict[str, Any]) -> Table:
     """A row a source, in per cent."""
     shown = Table(title="vision: exact match, %", box=SIMPLE)
-    for column in ("images", "accuracy", "95 %", "macro", "chance", "nll", "ECE", "n", "ticks"):
+    for column in ("images", "accuracy", "95 %", "chance", "nll", "ECE", "n", "ticks"):
         shown.add_column(column, justify="left" if column == "images" else "right")
     for cell in results["cells"]:
-        shares = [f"{100 * cell[part]:.1f}" for part in ("accuracy", "low", "high", "macro", "chance")]
+        shares = [f"{100 * cell[part]:.1f}" for part in ("accuracy", "low", "high", "chance")]
         numbers = [shares[0], f"{shares[1]}–{shares[2]}", *shares[3:], f"{cell['nll']:.3f}", f"{cell['ece']:.3f}"]
         ticks = "" if cell["ticks"] is None else f"{cell['ticks']:.3g}"
         shown.add_row(cell["source"], *numbers, str(cell["n"]), ticks)

@@ -55,6 +55,7 @@ class Encoder(nn.Module):
             shape = tuple(pixels_NCYX.shape[1:])
             raise ValueError(f"images have shape {shape}, the encoder is one for ({channels}, {side}, {side})")
         x_NSD = self.features(pixels_NCYX.to(self.norm.weight.dtype))
+        x_NSD = x_NSD.to(self.norm.weight.dtype)  # under mixed precision, the embeddings of tokens are wide, too
         return self.norm(x_NSD if self.places is None else x_NSD + self.places.weight)
 
     def place(self, images: Images) -> tuple[Tensor, Tensor]:
