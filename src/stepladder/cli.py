@@ -217,14 +217,15 @@ def check(
 
 @app.command(name="list")
 def list_things(plugin: Plugins = None) -> None:
-    """List architectures, tasks, suites and laws."""
+    """List architectures, image encoders, tasks, suites and laws."""
     plugins.load(plugin or ())
     from stepladder.data.tasks import TASKS
     from stepladder.eval.suite import SUITES
     from stepladder.laws import LAWS
+    from stepladder.models.encoders import ENCODERS
     from stepladder.models.zoo import ARCHITECTURES
 
-    for registry in (ARCHITECTURES, TASKS, SUITES):
+    for registry in (ARCHITECTURES, ENCODERS, TASKS, SUITES):
         rows = []
         for name in registry.names():
             line = (registry.get(name).__doc__ or "").strip().partition("\n")[0]

@@ -91,6 +91,8 @@ MISTAKES = [
     (["train", "--alg-tokens", "2e7", "--total-tokens", "1e7"], "give 0 < alg_tokens <= total_tokens"),
     (["train", "--alg-tasks", "copy", "--steps", "3"], "--steps cannot be given with a curriculum"),
     (["train", "--plugin", "absent.py"], "absent.py"),
+    (["train", "--muon-lr", "0.1"], "muon_lr=0.1 is for Muon"),
+    (["train", "--freeze-encoder"], "there is no encoder to freeze"),
     (["eval", "runs/absent"], "runs/absent"),
     (["sample", "runs/absent", "x"], "runs/absent"),
     (["trace", "runs/absent", "--text", "x"], "runs/absent"),
@@ -213,6 +215,16 @@ def test_train_evaluate_sample_and_read_back(stepladder, tmp_path):
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "eval.tasks: 'cpoy' is no task of this run — did you mean 'copy'?; it has copy" in refused.stderr
+
+
+def test_flags_of_muon_go_with_a_file_too(stepladder, tmp_path):
+    flags = ["--use-muon", "--muon-lr", "0.01", "--aux-adam-lr", "0.002", "--no-evaluate", "--quiet"]
+    tree = {"model": "identity", "data": {"sources": [{"kind": "task", "task": "copy"}]}, "train": {"steps": 2}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(tree))
+    done = stepladder("train", "mine.yaml", *flags)
+    assert done.returncode == 0, done.stderr
+    train = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())["train"]
+    assert (train["optimizer"], train["muon_lr"], train["lr"]) == ("muon", 0.01, 0.002)
 
 
 def test_a_curriculum_from_flags_trains_and_scores_both_kinds(stepladder, tmp_path):
