@@ -25,7 +25,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.keys import Key, key, permute
 from stepladder.data.augment import Augment
 from stepladder.data.image_files import Labelled, read
-from stepladder.data.stream import SOURCES, Shown, Source, shuffled
+from stepladder.data.sources import SOURCES, Shown, Source, shuffled
 from stepladder.data.tokenizers import BOS, EOS, IGNORE, PAD, SPECIALS, Tokenizer
 
 IMAGE = "{image}"

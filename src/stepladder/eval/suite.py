@@ -23,7 +23,8 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import append_lines, read_json, read_lines, source_digest, write_json
 from stepladder.core.registry import Registry, did_you_mean
 from stepladder.data.base import Task
-from stepladder.data.stream import Stream, TaskSource
+from stepladder.data.sources import TaskSource
+from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.eval.decode import evaluating
 from stepladder.models.lm import LanguageModel
