@@ -142,11 +142,12 @@ class Run(Config):
         try:
             seen = chosen(ENCODERS, "encoder")(tree["encoder"])
             told = {"side": seen.side, "channels": seen.channels, "slots": seen.slots}
-            pictured = [s.get("kind") == "images" and s.get("levels") is None for s in tree["data"]["sources"]]
+            sources = [{"kind": source} if isinstance(source, str) else source for source in tree["data"]["sources"]]
         except (LookupError, TypeError, ValueError, AttributeError):
             return tree  # there is no encoder; or the fields' own checks say what is wrong
-        pairs = zip(tree["data"]["sources"], pictured, strict=True)
-        sources = [{**told, **source} if shown else source for source, shown in pairs]
+        for place, source in enumerate(sources):
+            if isinstance(source, dict) and source.get("kind") == "images" and source.get("levels") is None:
+                sources[place] = {**told, **source}
         return {**tree, "data": {**tree["data"], "sources": sources}}
 
     def build(self, vocab: int) -> LanguageModel:

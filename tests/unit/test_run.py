@@ -142,6 +142,7 @@ def test_a_source_of_images_takes_the_geometry_of_the_encoder():
     assert (source.side, source.channels, source.slots) == (12, 3, 16)
     assert Run.of(run.tree()) == run
     assert Run.of(seeing(encoder={"kind": "patch", "side": 8})).data.sources[0].slots == 4
+    assert Run.of(seeing(data={"sources": ["images", {"kind": "text", "path": "pydoc"}]})).data.sources[0].slots == 16
     assert Run.of(run.tree()).hash() != Run.of(seeing(encoder={"kind": "conv"})).hash()
     assert run.build(20).vision.slots == 16
 

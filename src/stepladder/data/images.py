@@ -89,6 +89,11 @@ class ImageSource(Source):
     def open(self, name: str, seed: int, tokenizer: Tokenizer, length: int) -> ImageRows:
         """The training rows."""
         form = Form(self, tokenizer)
+        for part in ("train", "valid", "test"):  # not only when they are asked for, at the end of a training
+            if len(getattr(self.gallery, part)) < self.shown:
+                raise UserError(
+                    f"images '{self.path}' have too few for {part}: a question shows {self.shown}; add some"
+                )
         longest = form.room(answers(self, self.gallery.classes))
         if longest > length:
             raise UserError(
@@ -368,8 +373,6 @@ def questions(source: ImageSource, tokenizer: Tokenizer, seed: int, samples: int
     """At most ``samples`` questions about the images of a part, each image in one of them, chosen by the seed."""
     form, images = Form(source, tokenizer), getattr(source.gallery, part)
     count = min(samples, len(images) // source.shown)
-    if not count:
-        raise UserError(f"images '{source.path}': {len(images)} for {part} are too few for {source.shown} a question")
     order = permute(key(seed, "data", "images", part), len(images), np.arange(count * source.shown))
     found = []
     for index in order.reshape(count, source.shown):

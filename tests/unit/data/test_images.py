@@ -187,6 +187,8 @@ def test_mistakes_are_sentences(stream):
         stream(slots=0)
     with pytest.raises(UserError, match="pixel tokens need the tokenizer 'byte'"):
         stream(levels=4, tokenizer="alphabet", sequence=80)
+    with pytest.raises(UserError, match="have too few for valid: a question shows 12"):
+        stream(question="{image}" * 12, answer="{label}", sequence=200)
     for fields, sentence in (
         ({"question": "what?"}, "must show an image"),
         ({"answer": "{labels[1]}"}, "must be made of"),
