@@ -57,14 +57,29 @@ def ask(
         images=_images(source, asked),
         advance=advance,
     )
-    records = []
+    records: list[dict[str, Any]] = []
     for question, one in zip(asked, generations, strict=True):
         clean = one.stop == "eos" and not (one.tokens < SPECIALS).any()
         output = written(one.tokens, job.tokenizer)
-        record = {"source": name, "images": question.index, "labels": question.labels, "answer": question.answer}
-        correct = clean and output == question.answer
-        records.append({**record, "output": output, "correct": correct, "stop": one.stop, "ticks": one.ticks})
+        records.append(
+            {
+                **_place(name, source),
+                "index": len(records),
+                "question": f"{source.question} {question.index}",
+                "labels": question.labels,
+                "answer": question.answer,
+                "output": output,
+                "correct": clean and output == question.answer,
+                "stop": one.stop,
+                "ticks": one.ticks,
+            }
+        )
     return records
+
+
+def _place(name: str, source: ImageSource) -> dict[str, Any]:
+    """Where an item or a cell stands in the grid: sizes are images of a question, and all are as in training."""
+    return {"task": name, "size": source.shown, "regime": "iid"}
 
 
 def likelihood(job: Job, source: ImageSource, asked: Sequence[Question]) -> list[dict[str, float]]:
@@ -122,7 +137,7 @@ def _cell(name: str, source: ImageSource, records: Sequence[dict[str, Any]]) -> 
     ticks = [record["ticks"] for record in records if record["ticks"] is not None]
     confidence, first = (np.array([record[part] for record in records]) for part in ("confidence", "first"))
     return {
-        "source": name,
+        **_place(name, source),
         "n": n,
         "accuracy": right / n,
         "stderr": proportion_stderr(right, n),
@@ -159,7 +174,7 @@ def table(results: dict[str, Any]) -> Table:
         shares = [f"{100 * cell[part]:.1f}" for part in ("accuracy", "low", "high", "chance")]
         numbers = [shares[0], f"{shares[1]}–{shares[2]}", *shares[3:], f"{cell['nll']:.3f}", f"{cell['ece']:.3f}"]
         ticks = "" if cell["ticks"] is None else f"{cell['ticks']:.3g}"
-        shown.add_row(cell["source"], *numbers, str(cell["n"]), ticks)
+        shown.add_row(cell["task"], *numbers, str(cell["n"]), ticks)
     return shown
 
 

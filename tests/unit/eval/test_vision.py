@@ -43,7 +43,9 @@ def test_an_untrained_model_is_scored_and_left_as_it_was(loaded):
     assert sum(count for *_, count in cell["confusions"]) <= 30
     assert suite.weights_digest(run.model) == before
     records = read_lines(run.path.parent.parent / "records" / "vision.jsonl")
-    assert {"source", "images", "answer", "output", "correct", "nll", "confidence"} <= set(records[0])
+    assert {"task", "size", "regime", "index", "question", "answer", "output", "correct", "nll", "confidence"} <= set(
+        records[0]
+    )
     assert suite.tables([results])[0].row_count == 1
 
 
