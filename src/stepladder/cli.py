@@ -65,6 +65,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="seed of the run")] = None,
     runs: Runs = Path("runs"),
     extend: Annotated[bool, typer.Option(help="go on with a larger budget, at the final learning rate")] = False,
+    use_muon: Annotated[bool, typer.Option("--use-muon", help="Muon for hidden matrices")] = False,
+    muon_lr: Annotated[float | None, typer.Option(help="Muon's learning rate [0.02]")] = None,
+    aux_adam_lr: Annotated[float | None, typer.Option(help="learning rate of AdamW beside it: train.lr")] = None,
+    freeze_encoder: Annotated[bool, typer.Option("--freeze-encoder", help="do not train the image encoder")] = False,
     evaluate: Annotated[bool, typer.Option(help="run the evaluation suites at the end")] = True,
     quiet: Annotated[bool, typer.Option(help="no progress")] = False,
     plugin: Plugins = None,
@@ -76,7 +80,8 @@ def train(
     flags: dict[str, Any] = {"model": model, "text": text, "steps": steps}
     flags |= {"tasks": ",".join(listed(tasks)) or tasks, "alg_tasks": ",".join(listed(alg_tasks)) or alg_tasks}
     flags |= {"alg_tokens": alg_tokens, "total_tokens": total_tokens}
-    run = running.read(config, overrides or [], flags, name=name, seed=seed)
+    switched = running.switches(use_muon, muon_lr, aux_adam_lr, freeze_encoder)
+    run = running.read(config, [*switched, *(overrides or [])], flags, name=name, seed=seed)
     _carry_out(run, runs, extend, evaluate, quiet)
 
 
@@ -228,14 +233,15 @@ def check(
 
 @app.command(name="list")
 def list_things(plugin: Plugins = None) -> None:
-    """List architectures, tasks, suites and laws."""
+    """List architectures, image encoders, tasks, suites and laws."""
     plugins.load(plugin or ())
     from stepladder.data.tasks import TASKS
     from stepladder.eval.suite import SUITES
     from stepladder.laws import LAWS
+    from stepladder.models.encoders import ENCODERS
     from stepladder.models.zoo import ARCHITECTURES
 
-    for registry in (ARCHITECTURES, TASKS, SUITES):
+    for registry in (ARCHITECTURES, ENCODERS, TASKS, SUITES):
         rows = []
         for name in registry.names():
             line = (registry.get(name).__doc__ or "").strip().partition("\n")[0]

@@ -17,10 +17,13 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import Corrupt, read_json, safe_name, verify_manifest
 from stepladder.data.corpora import PYDOC
 from stepladder.data.curriculum import curriculum, fitting
-from stepladder.data.stream import AnySource, DataConfig
+from stepladder.data.images import ImageSource
+from stepladder.data.sources import AnySource
+from stepladder.data.stream import DataConfig
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.data.tokenizers import from_json as tokenizer_from_json
 from stepladder.models.adapters import add_adapters, merge_adapters
+from stepladder.models.encoders import ENCODERS, EncoderSpec
 from stepladder.models.lm import LanguageModel
 from stepladder.models.weights import load_weights
 from stepladder.models.zoo import ARCHITECTURES, Spec
@@ -36,7 +39,11 @@ class TrainConfig(Config):
     tokens: int | None = Field(None, ge=1, description="budget in input tokens")
     flops: float | None = Field(None, gt=0, description="budget in training FLOPs (3 x forward, executed ticks)")
     seconds: float | None = Field(None, gt=0, description="budget in wall seconds; such runs do not repeat bitwise")
-    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="adamw; or muon for hidden matrices, and AdamW for the rest"
+    )
+    lr: float = Field(3e-3, gt=0, description="peak learning rate, of AdamW")
+    muon_lr: float | None = Field(None, gt=0, description="Muon's peak learning rate; the schedule is AdamW's [0.02]")
     min_lr: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of lr")
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the budget with a rising learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
@@ -47,6 +54,7 @@ class TrainConfig(Config):
     clip: float = Field(1.0, gt=0, description="bound on the global gradient norm")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; masters stay fp32")
     compile: bool = Field(False, description="torch.compile the model")
+    freeze_encoder: bool = Field(False, description="leave the image encoder as it was initialised")
     horizon: int | None = Field(
         None,
         ge=1,
@@ -75,6 +83,8 @@ class TrainConfig(Config):
             raise ValueError(f"give exactly one budget of steps, tokens, flops, seconds, not {budgets or 'none'}")
         if self.micro is not None and self.batch % self.micro:
             raise ValueError(f"micro={self.micro} does not divide batch={self.batch}")
+        if self.muon_lr is not None and self.optimizer != "muon":
+            raise ValueError(f"muon_lr={self.muon_lr} is for Muon; set optimizer: muon (--use-muon), or leave it out")
         return self
 
 
@@ -118,6 +128,9 @@ class Run(Config):
     name: str = Field("run", description="directory of the run under runs/")
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and noise")
     model: Annotated[SerializeAsAny[Spec], BeforeValidator(chosen(ARCHITECTURES, "model"))]
+    encoder: Annotated[SerializeAsAny[EncoderSpec] | None, BeforeValidator(chosen(ENCODERS, "encoder"))] = Field(
+        None, description="what turns images among the tokens into embeddings; any architecture takes one"
+    )
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = Field(EvalConfig())
@@ -126,7 +139,34 @@ class Run(Config):
     @model_validator(mode="after")
     def _check(self) -> Run:
         safe_name(self.name)
+        if self.train.freeze_encoder and self.encoder is None:
+            raise ValueError("train.freeze_encoder: there is no encoder to freeze; give one, such as encoder: conv")
+        for place, source in enumerate(self.data.sources):
+            if isinstance(source, ImageSource):
+                _fits(self.encoder, source, f"data.sources.{place}")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _geometry(cls, tree: Any) -> Any:
+        """Sources of images are told what the encoder makes of one, where they do not say it themselves."""
+        try:
+            seen = chosen(ENCODERS, "encoder")(tree["encoder"])
+            told = {"side": seen.side, "channels": seen.channels, "slots": seen.slots}
+            sources = [{"kind": source} if isinstance(source, str) else source for source in tree["data"]["sources"]]
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return tree  # there is no encoder; or the fields' own checks say what is wrong
+        for place, source in enumerate(sources):
+            if isinstance(source, dict) and source.get("kind") == "images" and source.get("levels") is None:
+                sources[place] = {**told, **source}
+        return {**tree, "data": {**tree["data"], "sources": sources}}
+
+    def build(self, vocab: int) -> LanguageModel:
+        """A freshly initialised model for ``vocab`` token ids, with its encoder; weights as those of ``Spec.build``."""
+        model = self.model.build(vocab)
+        if self.encoder is not None:
+            model.vision = self.encoder.build(model.width)
+        return model
 
     def tree(self) -> dict[str, Any]:
         """The run as plain JSON data; ``Run.of(run.tree())`` gives it back."""
@@ -147,6 +187,29 @@ class Run(Config):
         tree = {name: node for name, node in self.tree().items() if name not in ("name", "eval", "start")}
         tree["train"] = {name: node for name, node in tree["train"].items() if name not in BOOKKEEPING}
         return tree if self.start is None else {**tree, "start": self.start.model_dump(mode="json", exclude={"run"})}
+
+
+def _fits(encoder: EncoderSpec | None, source: ImageSource, where: str) -> None:
+    if source.levels is not None:
+        return
+    if encoder is None:
+        raise ValueError(
+            f"{where} has images and the run has no encoder; give one, such as encoder: {{kind: conv, side: 28}}, "
+            f"or show pixels as tokens with {where}.levels=16"
+        )
+    for name in ("side", "channels", "slots"):
+        if getattr(source, name) != getattr(encoder, name):
+            raise ValueError(
+                f"{where}.{name} is {getattr(source, name)} and the encoder has {getattr(encoder, name)}; leave it out"
+            )
+
+
+def switches(use_muon: bool, muon_lr: float | None, aux_adam_lr: float | None, freeze_encoder: bool) -> list[str]:
+    """Overrides that stand for flags of ``stepladder train``; they go with a run file, too."""
+    given = {"muon_lr": muon_lr, "lr": aux_adam_lr}
+    found = [f"train.{field}={value}" for field, value in given.items() if value is not None]
+    found += ["train.optimizer=muon"] if use_muon else []
+    return found + (["train.freeze_encoder=true"] if freeze_encoder else [])
 
 
 def read(
@@ -267,7 +330,7 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
     tokenizer = tokenizer_from_json((home / "tokenizer.json").read_text(encoding="utf-8"))
     adapters = run.start and run.start.adapters
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
-        model = run.model.build(tokenizer.vocab)
+        model = run.build(tokenizer.vocab)
         if adapters:
             add_adapters(model, adapters.rank, adapters.scale, adapters.vocabulary)
     load_weights(model, path / "model.safetensors")

@@ -97,6 +97,8 @@ MISTAKES = [
     (["finetune", "runs/absent", "--tasks", "copy", "--full", "--alpha", "2"], "--alpha belongs to adapters"),
     (["finetune", "runs/absent", "given.yaml", "--steps", "2", "--full"], "not both"),
     (["finetune", "runs/absent", "--full"], "say what to train"),
+    (["train", "--muon-lr", "0.1"], "muon_lr=0.1 is for Muon"),
+    (["train", "--freeze-encoder"], "there is no encoder to freeze"),
     (["eval", "runs/absent"], "runs/absent"),
     (["sample", "runs/absent", "x"], "runs/absent"),
     (["trace", "runs/absent", "--text", "x"], "runs/absent"),
@@ -235,6 +237,16 @@ def test_fine_tuning_from_flags_evaluates_and_samples(stepladder, tmp_path):
         assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
         assert says in wrong.stderr
         assert not (tmp_path / "runs" / "three").exists()
+
+
+def test_flags_of_muon_go_with_a_file_too(stepladder, tmp_path):
+    flags = ["--use-muon", "--muon-lr", "0.01", "--aux-adam-lr", "0.002", "--no-evaluate", "--quiet"]
+    tree = {"model": "identity", "data": {"sources": [{"kind": "task", "task": "copy"}]}, "train": {"steps": 2}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(tree))
+    done = stepladder("train", "mine.yaml", *flags)
+    assert done.returncode == 0, done.stderr
+    train = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())["train"]
+    assert (train["optimizer"], train["muon_lr"], train["lr"]) == ("muon", 0.01, 0.002)
 
 
 def test_a_curriculum_from_flags_trains_and_scores_both_kinds(stepladder, tmp_path):

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from stepladder.core.config import override
 from stepladder.core.errors import UserError
 from stepladder.core.files import write_json
 from stepladder.data.curriculum import curriculum
 from stepladder.data.stream import DataConfig
-from stepladder.run import Run, read
+from stepladder.run import Run, read, switches
 from stepladder.train.request import agree
 
 FLAGS: dict[str, Any] = {"alg_tasks": "parity,addition", "alg_tokens": 1e5, "total_tokens": 4e5}
@@ -120,3 +121,49 @@ def test_a_run_file_and_the_flags_of_a_curriculum_are_refused(tmp_path) -> None:
     path.write_text("model: transformer\n")
     with pytest.raises(UserError, match=r"run\.yaml or --alg-tasks --alg-tokens --total-tokens, not both"):
         read(path, [], FLAGS)
+
+
+# Images -------------------------------------------------------------------------------------------------------------
+
+
+def seeing(**parts):
+    tree = {
+        "model": {"kind": "transformer", "width": 32, "depth": 1, "heads": 2},
+        "encoder": {"kind": "patch", "side": 12, "patch": 3, "channels": 3},
+        "data": {"sources": [{"kind": "images"}]},
+        "train": {"steps": 1},
+    }
+    return {**tree, **parts}
+
+
+def test_a_source_of_images_takes_the_geometry_of_the_encoder():
+    run = Run.of(seeing())
+    source = run.data.sources[0]
+    assert (source.side, source.channels, source.slots) == (12, 3, 16)
+    assert Run.of(run.tree()) == run
+    assert Run.of(seeing(encoder={"kind": "patch", "side": 8})).data.sources[0].slots == 4
+    assert Run.of(seeing(data={"sources": ["images", {"kind": "text", "path": "pydoc"}]})).data.sources[0].slots == 16
+    assert Run.of(run.tree()).hash() != Run.of(seeing(encoder={"kind": "conv"})).hash()
+    assert run.build(20).vision.slots == 16
+
+
+def test_the_encoder_can_be_named_alone_and_a_wrong_one_is_a_sentence():
+    assert Run.of(seeing(encoder="conv")).encoder.kind == "conv"
+    with pytest.raises(UserError, match=r"encoder\.kind: unknown encoder 'cov' — did you mean 'conv'"):
+        Run.of(seeing(encoder="cov"))
+    with pytest.raises(UserError, match=r"unknown key 'encoder\.patsh' — did you mean 'patch'"):
+        Run.of(seeing(encoder={"kind": "patch", "patsh": 2}))
+    with pytest.raises(UserError, match=r"data\.sources\.0 has images and the run has no encoder"):
+        Run.of(seeing(encoder=None))
+    with pytest.raises(UserError, match=r"data\.sources\.0\.slots is 3 and the encoder has 16"):
+        Run.of(seeing(data={"sources": [{"kind": "images", "slots": 3}]}))
+    pixels = {"sources": [{"kind": "images", "levels": 4, "side": 8}]}
+    assert Run.of(seeing(encoder=None, data=pixels)).data.sources[0].slots == 0
+
+
+def test_flags_are_overrides_that_go_with_a_file():
+    assert switches(False, None, None, False) == []
+    given = switches(True, 0.01, 0.002, True)
+    run = Run.of(override(seeing(), given))
+    assert (run.train.optimizer, run.train.muon_lr, run.train.lr) == ("muon", 0.01, 0.002)
+    assert run.train.freeze_encoder

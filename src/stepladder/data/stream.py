@@ -7,163 +7,37 @@ same data. A row comes whole from one source, drawn by the weights of the mixtur
 from __future__ import annotations
 
 import hashlib
-import itertools
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, model_validator
 
-from stepladder.core.config import Config, Field, Kinded, chosen, digest, register
+from stepladder.core.config import Config, Field, chosen, digest
 from stepladder.core.errors import UserError
-from stepladder.core.keys import Key, key, permute, unit
-from stepladder.core.registry import Registry
-from stepladder.data.base import Asked, Task, overlap
-from stepladder.data.corpora import Corpus, source_name
+from stepladder.core.keys import Key, key, unit
+from stepladder.data.base import overlap
+from stepladder.data.corpora import Corpus
 from stepladder.data.packing import pack, probe
 from stepladder.data.pairrows import Packed, packed
-from stepladder.data.pairs import Pairs, Templates, fields
 from stepladder.data.shards import Learnable, Shards, learn, prepare
-from stepladder.data.tasks import TASKS
+from stepladder.data.sources import (
+    AnySource,
+    Illustrated,
+    PairSource,
+    Rows,
+    Shown,
+    TaskSource,
+    TextSource,
+    shuffled,
+)
 from stepladder.data.tokenizers import IGNORE, PAD, TOKENIZERS, ByteConfig, Tokenizer, TokenizerConfig
-
-Amount = Annotated[float, Field(ge=0)]
-Step = Annotated[int, Field(ge=0)]
 
 OVERLAP_ITEMS = 2000
 """Questions of each split that a task's overlap is measured on."""
-
-
-class Source(Kinded):
-    """Where rows come from, and how often: the kinds are ``task``, ``pairs`` and ``text``."""
-
-    serves: ClassVar[str] = ""  # the suites that ask about it: those that need a "task", or a "text"
-
-    weight: Amount | tuple[tuple[Step, Amount], ...] = Field(
-        1.0,
-        description="share of the rows, relative to the other sources; or [[step, share], ...], linear in between",
-    )
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """What the source is called in records and reports."""
-
-    def asked(self, name: str) -> list[tuple[str, Asked]]:
-        """What suites of tasks ask of the source called ``name``, each with a name of its own."""
-        return []
-
-    @field_validator("weight")
-    @classmethod
-    def _in_order(cls, weight: float | tuple[tuple[int, float], ...]) -> float | tuple[tuple[int, float], ...]:
-        if isinstance(weight, tuple):
-            steps = [step for step, _ in weight]
-            if not steps or any(after <= before for before, after in itertools.pairwise(steps)):
-                raise ValueError("must be a number or a list of [step, share] with rising steps")
-        return weight
-
-    def share(self, step: int) -> float:
-        """The weight at a step; before the first and after the last point it is constant."""
-        if isinstance(self.weight, tuple):
-            steps, shares = zip(*self.weight, strict=True)
-            return float(np.interp(step, steps, shares))
-        return self.weight
-
-
-SOURCES: Registry[type[Source]] = Registry("data source")
-
-
-@register(SOURCES, "task")
-class TaskSource(Source):
-    """Examples of a synthetic task, packed."""
-
-    serves: ClassVar[str] = "task"
-
-    task: Annotated[Task, BeforeValidator(chosen(TASKS, "task"))]
-    ramp: int = Field(
-        0, ge=0, description="steps over which the upper end of the task's training range grows from its lower end"
-    )
-
-    @property
-    def label(self) -> str:
-        """The task."""
-        return self.task.kind
-
-    def asked(self, name: str) -> list[tuple[str, Asked]]:
-        """The task."""
-        return [(name, self.task)]
-
-    def sizes(self, step: int) -> tuple[int, int]:
-        """The range of sizes at a step, both ends inclusive."""
-        low, high = self.task.train
-        return low, high if step >= self.ramp else low + (high - low) * step // self.ramp
-
-
-@register(SOURCES, "text")
-class TextSource(Source):
-    """Windows of a text's tokens, in an order shuffled anew for every pass."""
-
-    serves: ClassVar[str] = "text"
-
-    path: str = Field(description="'pydoc' (built in), or a file .txt or .jsonl, also .gz")
-    valid: str | None = Field(None, description="validation file [1/16 of the documents, by hash]")
-
-    @property
-    def label(self) -> str:
-        """The file's name without folders and endings."""
-        return source_name(self.path)
-
-
-@register(SOURCES, "pairs")
-class PairSource(Source):
-    """Questions and answers of a file, packed; every pair once in a pass, the rows in an order shuffled anew."""
-
-    serves: ClassVar[str] = "task"
-
-    path: str = Field(description="file .jsonl or .jsonl.gz, one pair a line")
-    valid: tuple[str, ...] = Field((), description="held-out files [1/16 of the questions, by hash]")
-    question: str = Field("{question}", description="template of the question, such as 'task={task}; {x}; '")
-    answer: str = Field("{answer}", description="template of the answer")
-    group: str | None = Field(None, description="template of what is scored apart, such as '{algo_name}'")
-    size: str | None = Field(None, description="template of the size, a whole number, such as '{length}'")
-    final: str | None = Field(
-        None, min_length=1, description="text before an answer's result, such as ' | ': it is scored alone, too"
-    )
-
-    @property
-    def label(self) -> str:
-        """The file's name without folders and endings."""
-        return source_name(self.path)
-
-    @cached_property
-    def pairs(self) -> Pairs:
-        """What the files hold, walked through once."""
-        return Pairs(self.path, self.valid, Templates(self.question, self.answer, self.group, self.size, self.final))
-
-    def asked(self, name: str) -> list[tuple[str, Asked]]:
-        """The groups, as NAME/GROUP."""
-        return [(f"{name}/{group}" if group else name, quiz) for group, quiz in self.pairs.quizzes.items()]
-
-    @field_validator("valid", mode="before")
-    @classmethod
-    def _files(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else () if value is None else value
-
-    @field_validator("question", "answer", "group", "size")
-    @classmethod
-    def _template(cls, value: str | None) -> str | None:
-        if value is not None:
-            fields(value)
-        return value
-
-
-AnySource = Annotated[Source, BeforeValidator(chosen(SOURCES, "source"))]
-"""A node of a configuration that names a kind of source."""
 
 
 class DataConfig(Config):
@@ -185,7 +59,7 @@ class DataConfig(Config):
                 f"tokenizer 'alphabet' knows the tasks' characters only, not those of '{texts[0]}';"
                 " use 'byte', 'char' or 'bpe'"
             )
-        if self.tokenizer.kind == "bpe" and all(isinstance(source, TaskSource) for source in self.sources):
+        if self.tokenizer.kind == "bpe" and not any(isinstance(s, TextSource | PairSource) for s in self.sources):
             raise ValueError("tokenizer 'bpe' learns from text and there is no text source; use 'alphabet' or 'byte'")
         return self
 
@@ -205,12 +79,14 @@ class Batch:
 
     ``targets``: what comes next in the same document, IGNORE where nothing is asked. ``documents``: runs of equal ids,
     from 0 in every row; padding is a run too. ``source`` [B]: the place of each row's source in the configuration.
+    ``images``: None if no source of the run has any; rows without are blank.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     documents: np.ndarray
     source: np.ndarray
+    images: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -227,11 +103,6 @@ class TextBatch:
     index: np.ndarray
 
 
-class _Rows(Protocol):
-    def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens, targets, documents) of the rows with these numbers in the whole run."""
-
-
 class Stream:
     """All the data of a run: training batches by step, validation text from front to back.
 
@@ -244,13 +115,13 @@ class Stream:
         texts = {i: Corpus(s.path, s.valid) for i, s in enumerate(config.sources) if isinstance(s, TextSource)}
         tasks = [source.task for source in config.sources if isinstance(source, TaskSource)]
         self.pairs = {self.names[i]: s.pairs for i, s in enumerate(config.sources) if isinstance(s, PairSource)}
-        characters = set().union(*(task.alphabet for task in tasks))
+        characters = set().union(*(task.alphabet for task in tasks), *(s.alphabet() for s in config.sources))
         if config.tokenizer.kind == "alphabet":
             characters = characters.union(*(pairs.alphabet() for pairs in self.pairs.values()))
         read: list[Learnable] = [*texts.values(), *self.pairs.values()]
         self.tokenizer = tokenizer or learn(config.tokenizer, "".join(sorted(characters)), read, cache)
         self.texts = {self.names[i]: prepare(corpus, self.tokenizer, cache) for i, corpus in texts.items()}
-        self._rows: list[_Rows] = []
+        self._rows: list[Rows] = []
         for name, source in zip(self.names, config.sources, strict=True):
             if isinstance(source, TaskSource):
                 typical = probe(source.task, self.tokenizer, config.sequence)
@@ -259,8 +130,10 @@ class Stream:
                 secret = key(seed, "data", "pairs", name)
                 rows = packed(self.pairs[name], self.tokenizer, config.sequence, secret / "rows", cache)
                 self._rows.append(_PairRows(rows, secret))
-            else:
+            elif isinstance(source, TextSource):
                 self._rows.append(_TextRows(self.texts[name], key(seed, "data", "text", name), config.sequence))
+            else:
+                self._rows.append(source.open(name, seed, self.tokenizer, config.sequence))
 
     def batch(self, step: int, rows: np.ndarray, batch_size: int) -> Batch:
         """The rows ``rows`` [B] (each in ``range(batch_size)``, any order) of the batch of ``batch_size`` at ``step``.
@@ -280,7 +153,36 @@ class Stream:
         for i in np.unique(chosen_source):
             mine = chosen_source == i
             tokens[mine], targets[mine], documents[mine] = self._rows[i].rows(step, numbers[mine])
-        return Batch(tokens, targets, documents, chosen_source)
+        return Batch(tokens, targets, documents, chosen_source, self._shown(step, numbers, chosen_source))
+
+    def expand(self, params: int) -> None:
+        """Make as many different images as a model of ``params`` parameters wants, where a source says a ratio."""
+        self._rows = [rows.expanded(params) if isinstance(rows, Illustrated) else rows for rows in self._rows]
+
+    def images(self) -> dict[str, Any]:
+        """By source of images: how many there are, how often each is shown anew, tokens, and what was asked for."""
+        named = zip(self.names, self._rows, strict=True)
+        return {name: rows.about() for name, rows in named if isinstance(rows, Illustrated)}
+
+    def images_per_row(self) -> float:
+        """How many images an encoder is given with a row: as many as a row can have, in rows without any, too."""
+        return float(max((rows.images for rows in self._rows if isinstance(rows, Illustrated)), default=0))
+
+    def _shown(self, step: int, numbers: np.ndarray, chosen_source: np.ndarray) -> Shown | None:
+        most = int(self.images_per_row())
+        if not most:
+            return None
+        seen = next(rows for rows in self._rows if isinstance(rows, Illustrated) and rows.images)
+        side, channels = seen.source.side, seen.source.channels
+        pixels = np.zeros((len(numbers), most, channels, side, side), dtype=np.uint8)
+        slots = np.full((len(numbers), self.config.sequence), -1, dtype=np.int64)
+        for i in np.unique(chosen_source):
+            rows = self._rows[i]
+            if isinstance(rows, Illustrated) and rows.images:
+                mine = chosen_source == i
+                found = rows.shown(step, numbers[mine])
+                pixels[mine, : rows.images], slots[mine] = found.pixels, found.slots
+        return Shown(pixels, slots)
 
     def valid_text(self, rows: int = 32) -> dict[str, Iterator[TextBatch]]:
         """For every text source all its validation tokens, ``rows`` windows at a time (the last batch has fewer).
@@ -303,7 +205,8 @@ class Stream:
         ``exact`` and ``normalised`` (but for case and white space). By task source: how many of its first test
         questions are among as many of its training, ``exact``, ``normalised`` and ``canonical``; measured, never
         assumed, so a task that has no test items at some size of its training range has no entry. By group of pairs:
-        how many held-out ``questions`` there are, and how many of them are in the training pairs."""
+        how many held-out ``questions`` there are, and how many of them are in the training pairs. By source of
+        images: how many ``images`` there are to test on, and how many of them are in the training images."""
         found = {
             name: {"documents": shards.about["splits"]["valid"]["documents"], **shards.about["overlap"]}
             for name, shards in self.texts.items()
@@ -318,6 +221,8 @@ class Stream:
             elif isinstance(source, PairSource):
                 counted = self.pairs[name].overlap()
                 found |= {f"{name}/{group}" if group else name: counts for group, counts in counted.items()}
+            elif not isinstance(source, TextSource):
+                found[name] = source.overlap()
         return found
 
     def fingerprint(self) -> str:
@@ -330,8 +235,10 @@ class Stream:
             if isinstance(source, TaskSource):
                 drawn = source.task.batch(0, "train", np.arange(64), source.task.train)
                 content = hashlib.sha256(drawn.question.tobytes() + drawn.answer.tobytes()).hexdigest()
+            elif isinstance(source, TextSource):
+                content = self.texts[name].about["text"]
             else:
-                content = self.pairs[name].digest if name in self.pairs else self.texts[name].about["text"]
+                content = source.content()
             parts.append([name, source.model_dump(mode="json", exclude={"path", "valid"}), content])
         return digest({"tokenizer": self.tokenizer.fingerprint, "sequence": self.config.sequence, "sources": parts})
 
@@ -376,7 +283,7 @@ class _TextRows:
     length: int
 
     def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        windows = _shuffled(self.secret, self.shards.train.windows(self.length), numbers)
+        windows = shuffled(self.secret, self.shards.train.windows(self.length), numbers)
         return self.shards.train.rows(windows, self.length)
 
 
@@ -388,14 +295,4 @@ class _PairRows:
     secret: Key
 
     def rows(self, step: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.packed.rows(_shuffled(self.secret, self.packed.windows, numbers))
-
-
-def _shuffled(secret: Key, size: int, numbers: np.ndarray) -> np.ndarray:
-    """Places [B] in an endless series of shuffled passes over ``range(size)``: what stands there."""
-    passes, places = np.divmod(numbers, size)
-    found = np.empty_like(places)
-    for number in np.unique(passes):
-        mine = passes == number
-        found[mine] = permute(secret / int(number), size, places[mine])
-    return found
+        return self.packed.rows(shuffled(self.secret, self.packed.windows, numbers))

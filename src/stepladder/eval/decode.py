@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stepladder.core.errors import UserError
 from stepladder.core.keys import Key, key, unit
 from stepladder.data.tokenizers import BOS, EOS, PAD
-from stepladder.models.base import take_rows
+from stepladder.models.base import Images, take_rows
 from stepladder.models.lm import LanguageModel
 from stepladder.run import Loaded
 
@@ -90,6 +90,7 @@ def generate(
     ticks: int | None = None,
     batch: int = 128,
     uncached: bool = False,
+    images: Sequence[Pictured] | None = None,
     advance: Callable[[float], object] = float,
 ) -> list[Generation]:
     """Continue every prompt (int ids; an empty one becomes [BOS]) until ``eos`` or ``max_new`` tokens.
@@ -99,7 +100,8 @@ def generate(
     only, so neither on batch-mates nor on how a text is split into prompt and continuation. rows: numbers of the
     prompts, default 0, 1, ...; give them to repeat one prompt of a larger call. ticks: tick budget. batch: prompts
     at a time, grouped by length. uncached: recompute the whole prefix for every token, slow and stateless: what the
-    laws compare with. advance: called with the share of all prompts that was just finished. Ids outside the
+    laws compare with. images: for every prompt what stands at its slots; prompts decoded together need
+    equally many. advance: called with the share of all prompts that was just finished. Ids outside the
     vocabulary, and texts that grow beyond the model's positions, are a UserError.
     """
     sampling = Sampling(temperature, top_k, top_p)
@@ -121,10 +123,21 @@ def generate(
     with evaluating(model):
         for start in range(0, len(order), batch):
             group = order[start : start + batch]
-            rows_of_group = [_Row(texts[i], bounds[i], _root(key) / numbers[i]) for i in group]
+            seen = [None] * len(texts) if images is None else images
+            rows_of_group = [_Row(texts[i], bounds[i], _root(key) / numbers[i], seen[i]) for i in group]
             done.update(zip(group, _decode(model, rows_of_group, eos, sampling, ticks, uncached), strict=True))
             advance(len(group) / len(order))
     return [done[i] for i in range(len(texts))]
+
+
+class Pictured(Protocol):
+    """The images of a prompt: ``pixels`` uint8 [k, C, Y, X], and the ``slots`` int64 of its tokens, -1 for text."""
+
+    @property
+    def pixels(self) -> np.ndarray: ...
+
+    @property
+    def slots(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,7 @@ class _Row:
     prompt: np.ndarray
     bound: int
     key: Key
+    seen: Pictured | None = None
 
     def dice(self, most: int) -> np.ndarray:
         """Uniform numbers for the next ``most`` tokens, by their positions in the text."""
@@ -157,6 +171,7 @@ def _decode(
     dice = np.stack([row.dice(most) for row in rows]) if sampling.temperature > 0 else None
 
     chunk, inside = (part.to(device) for part in left_padded([row.prompt for row in rows]))
+    images = shown([row.seen for row in rows if row.seen is not None], device)
     noise = torch.tensor([(row.key / "noise").seed() for row in rows], device=device)
     # The last token chosen is never fed back, so a row needs one entry less than it may hold tokens.
     room = chunk.shape[1] + most - 1
@@ -172,6 +187,7 @@ def _decode(
             ticks=ticks,
             logits_at="last",
             trace="ticks",
+            **({} if images is None else {"images": images}),
         )
         assert out.logits is not None
         lucky = None if dice is None else torch.from_numpy(dice[live, step]).to(device)
@@ -194,11 +210,15 @@ def _decode(
         token = torch.from_numpy(np.where(going, picks, PAD)).to(device)[:, None]
         chunk = torch.cat((chunk, token), 1) if uncached else token
         inside = torch.cat((inside, torch.ones_like(token)), 1) if uncached else inside
+        if images is not None:  # what is written has none; a cached state has seen them
+            slots = torch.cat((images.slots_BT, torch.full_like(token, -1)), 1)
+            images = Images(images.pixels_BICYX, slots) if uncached else None
         state = None if uncached else out.state
         if 2 * going.sum() <= len(going):
             # Rows are independent by law, so finished ones can leave: half the batch, half the work.
             kept = torch.from_numpy(going.nonzero()[0]).to(device)
-            chunk, inside, noise, state = (take_rows(part, kept) for part in (chunk, inside, noise, state))
+            parts = (chunk, inside, noise, state, images)
+            chunk, inside, noise, state, images = (take_rows(part, kept) for part in parts)
             live, going = live[going], going[going]
     return [
         Generation(written[i, : length[i]], stop[i], float(spent[i] / calls[i]) if reported and calls[i] else None)
@@ -215,6 +235,16 @@ def left_padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         tokens[row, longest - len(prompt) :] = prompt
         documents[row, longest - len(prompt) :] = 1
     return torch.from_numpy(tokens), torch.from_numpy(documents)
+
+
+def shown(rows: Sequence[Pictured], device: torch.device) -> Images | None:
+    """The images of prompts that end together, as ``left_padded`` pads them; None without any."""
+    if not rows:
+        return None
+    longest = max(len(row.slots) for row in rows)
+    slots = np.stack([np.pad(row.slots, (longest - len(row.slots), 0), constant_values=-1) for row in rows])
+    pixels = np.stack([row.pixels for row in rows])
+    return Images(torch.from_numpy(pixels).to(device), torch.from_numpy(slots).to(device))
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> tuple[Tensor, Tensor]:

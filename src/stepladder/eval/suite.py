@@ -22,7 +22,8 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import append_lines, read_json, read_lines, source_digest, write_json
 from stepladder.core.registry import Registry, did_you_mean
 from stepladder.data.base import Task
-from stepladder.data.stream import Stream, TaskSource
+from stepladder.data.sources import TaskSource
+from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import Tokenizer
 from stepladder.eval.decode import evaluating
 from stepladder.models.lm import LanguageModel
@@ -34,7 +35,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 GRID_VERSION = "1"
 """Raise when the same configuration comes to mean other items or another rule of scoring."""
 
-Needs = Literal["task", "text", "any"]
+Needs = Literal["task", "text", "image", "any"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from stepladder.core.keys import key, permute
 from stepladder.data.base import normalise, strings
 from stepladder.data.corpora import Corpus
 from stepladder.data.pairs import Pairs, Quiz
-from stepladder.data.stream import PairSource, Source, Stream, TaskSource, TextSource
+from stepladder.data.sources import PairSource, Source, TaskSource, TextSource
+from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import BOS, EOS, Tokenizer
 from stepladder.eval.exact import Sheet, ask, bounds, cells
 from stepladder.eval.likelihood import measure

@@ -20,7 +20,7 @@ import torch
 import stepladder.eval  # noqa: F401  (registers the suites)
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
-from stepladder.data.stream import TaskSource
+from stepladder.data.sources import TaskSource
 from stepladder.eval.suite import SUITES
 from stepladder.experiments.ladder import Ladder, Rung, leaves
 from stepladder.experiments.race import race

@@ -24,7 +24,7 @@ from stepladder.core.keys import key
 from stepladder.data.stream import Stream
 from stepladder.run import Run, cache_folder
 from stepladder.train import session
-from stepladder.train.optim import adamw
+from stepladder.train.optim import optimizer as make_optimizer
 from stepladder.train.provenance import device_name
 from stepladder.train.starting import base_of, set_out
 from stepladder.train.step import gradient_step
@@ -128,7 +128,8 @@ def stand_ready(config: Path) -> None:
         model = session.build(run, stream.tokenizer.vocab)
         set_out(model, run, base)
         model.to(device)
-        optimizer = adamw(model, run.train)
+        stream.expand(session.body(model))
+        optimizer = make_optimizer(model, run.train)
         if run.train.compile:
             model.compile()
         rows = np.arange(run.train.batch)

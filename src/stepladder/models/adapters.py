@@ -41,7 +41,7 @@ class LowRank(nn.Module):
             return matrix + self.scale * (self.up @ self.down)
 
 
-def hidden_matrices(model: LanguageModel) -> list[tuple[nn.Parameter, Places]]:
+def adapted_matrices(model: LanguageModel) -> list[tuple[nn.Parameter, Places]]:
     """Every hidden matrix once, with all places (module, attribute) that hold it."""
     inside_head = set(model.head.modules())
     found: dict[int, tuple[nn.Parameter, Places]] = {}
@@ -61,7 +61,7 @@ def add_adapters(model: LanguageModel, rank: int, scale: float, vocabulary: bool
     vocabulary: whether embeddings and the head, which have no adapters, stay trainable as they are. Random numbers come
     from torch's global generator. A rank that no matrix is large enough for is a UserError.
     """
-    matrices = hidden_matrices(model)
+    matrices = adapted_matrices(model)
     most = max((min(matrix.shape[-2:]) for matrix, _ in matrices), default=0)
     if rank >= most:
         raise UserError(

@@ -61,6 +61,23 @@ def detach_state(state: State) -> State:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images that stand at positions of a chunk, batch first.
+
+    pixels_BICYX: uint8, I images a row, C channels, Y x X pixels; rows with fewer are filled up with anything.
+    slots_BT: which of its row's embeddings stands at a position, image by image (number i of the k of image j is
+    j x k + i), -1 where a token does. Of a chunk only the slots are cut: the pixels are given with each of its parts.
+    """
+
+    pixels_BICYX: Tensor
+    slots_BT: Tensor
+
+    def at(self, rows: slice, columns: slice) -> Images:
+        """A part of the rows and positions."""
+        return Images(self.pixels_BICYX[rows], self.slots_BT[rows, columns])
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a part costs. ``flops`` are those of matrix products, forward, per token, averaged over a sequence."""
 

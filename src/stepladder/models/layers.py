@@ -54,8 +54,11 @@ class Embedding(nn.Module):
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.1)
 
-    def forward(self, ctx: Context) -> Tensor:
+    def forward(self, ctx: Context, placed: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Embeddings of the tokens; those of ``placed``, a mask (B, T) and (B, T, D), instead where the mask is."""
         x_BTD = self.tokens(ctx.tokens_BT) * self.scale
+        if placed is not None:
+            x_BTD = torch.where(placed[0][:, :, None], placed[1], x_BTD)
         if self.positions is None:
             return x_BTD
         if not torch.compiler.is_compiling():

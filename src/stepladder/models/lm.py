@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
 from stepladder.core.registry import did_you_mean
-from stepladder.models.base import Context, Cost, Edit, Output, Part, Sink, State
+from stepladder.models.base import Context, Cost, Edit, Images, Output, Part, Sink, State
+from stepladder.models.encoders.base import Encoder
 from stepladder.models.heads.softmax import SoftmaxHead
 from stepladder.models.layers import Embedding, norm
 from stepladder.models.noise import row_keys
@@ -39,7 +40,10 @@ class LanguageModel(nn.Module):
     """A causal language model assembled from parts; what an architecture's ``build`` returns.
 
     core is usually a recurrence (once, loop, ...); prelude and coda are parts applied once before and after it.
+    vision: the encoder of the images that may stand among the tokens, set by whoever builds the model; or None.
     """
+
+    vision: Encoder | None
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class LanguageModel(nn.Module):
         learned_positions: int = 0,
     ) -> None:
         super().__init__()
-        self.vocab, self.width = vocab, width
+        self.vocab, self.width, self.vision = vocab, width, None
         self.embed = Embedding(vocab, width, learned_positions, tied)
         self.prelude = Stack([]) if prelude is None else prelude
         self.core = core
@@ -75,6 +79,7 @@ class LanguageModel(nn.Module):
         trace: bool | Literal["ticks"] = False,
         recompute: bool = False,
         edits: Mapping[str, Edit] | None = None,
+        images: Images | None = None,
     ) -> Output:
         """Run a chunk of tokens, from the start of a sequence (state None) or from where ``state`` left off.
 
@@ -84,6 +89,7 @@ class LanguageModel(nn.Module):
         at the start of a sequence, later calls carry it in the state. logits_at: None = all positions, "last", or
         a boolean mask (B, T). trace: collect diagnostics, or "ticks" alone. recompute: trade compute for activation
         memory. edits: interventions, functions by the name of the tap whose value they replace (see Context.edited).
+        images: what stands at some positions in place of tokens, whose ids there have no embedding.
         """
         if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
             raise UserError(f"tokens have shape {tuple(tokens_BT.shape)}; give (batch, length >= 1) integer ids")
@@ -98,7 +104,7 @@ class LanguageModel(nn.Module):
         sink = Sink(trace={} if trace else None, full=trace != "ticks")
         ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits)
 
-        x_BTD = self.embed(ctx)
+        x_BTD = self.embed(ctx, None if images is None else self._seen(images, tokens_BT))
         x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)
         x_BTD, core = self.core(x_BTD, state.core, ctx)
         x_BTD, coda = self.coda(x_BTD, state.coda, ctx)
@@ -113,6 +119,13 @@ class LanguageModel(nn.Module):
         sink.open = False
         after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda)
         return Output(logits, nll_BT, after, sink.losses, sink.trace or {})
+
+    def _seen(self, images: Images, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        if self.vision is None:
+            raise UserError("this model has no encoder for images; give the run one, such as encoder: {kind: conv}")
+        if images.slots_BT.shape != tokens_BT.shape:
+            raise ValueError(f"slots have shape {tuple(images.slots_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
+        return self.vision.place(images)
 
     def _start(self, tokens_BT: Tensor, key: int | Tensor | None) -> ModelState:
         batch, device = tokens_BT.shape[0], tokens_BT.device
@@ -140,9 +153,15 @@ class LanguageModel(nn.Module):
         keys_B = row_keys(0 if key is None else key, batch, device)
         return ModelState(zero_B, zero_B - 1, keys_B, prelude, core, coda)
 
-    def cost(self, context: int, ticks: int | None = None) -> Cost:
-        """Parameters, forward FLOPs per token and state bytes per sequence, at ``context`` tokens and ``ticks``."""
+    def cost(self, context: int, ticks: int | None = None, images: float = 0.0) -> Cost:
+        """Parameters, forward FLOPs per token and state bytes per sequence, at ``context`` tokens and ``ticks``.
+
+        images: how many stand in a sequence, on average; their encoder's FLOPs are shared out to all its tokens.
+        """
         outer = self.embed.cost() + Cost(self.norm.weight.numel()) + self.head.cost()
+        if self.vision is not None:
+            seen = self.vision.cost()
+            outer += Cost(seen.params, seen.flops * images / context)
         counters = Cost(state_bytes=3 * torch.int64.itemsize)
         parts = (part.cost(context, ticks) for part in (self.prelude, self.core, self.coda))
         return sum(parts, outer + counters)

@@ -28,7 +28,8 @@ from stepladder.report.timing import read as read_timing
 
 WORST_BITS_PER_BYTE = 8.0  # a uniform guess over the 256 bytes
 _FAILURES = {"diverged", "failed", "crashed"}
-_COUNTED = ("algorithmic", "likelihood")  # suites whose records are re-counted
+_MATCHED = ("algorithmic", "vision")  # suites of answers that are right or wrong
+_COUNTED = (*_MATCHED, "likelihood")  # suites whose records are re-counted
 _DRAWN = ("depth", "self_test")  # suites that are read in their own way, or not shown
 _OVERLAPS = {"exact", "normalised", "canonical"}  # the ways in which an evaluation item can occur in training
 
@@ -237,7 +238,8 @@ def _run(folder: Path, rung: str, seed: int, place: str, declared: str | None = 
     run.reason = str(run.summary.get("reason") or "")
     if run.complete:
         try:
-            _read_algorithmic(here, run)
+            for suite in _MATCHED:
+                _read_matches(here, run, suite)
             _read_likelihood(here, run)
         except KeyError as error:
             raise UserError(f"{here}: a record or result has no {error}; evaluate the run again") from None
@@ -309,28 +311,29 @@ def _suite(here: Path, run: RunFiles, suite: str) -> tuple[dict[str, Any], list[
     return stated, read_lines(records)
 
 
-def _read_algorithmic(here: Path, run: RunFiles) -> None:
-    found = _suite(here, run, "algorithmic")
+def _read_matches(here: Path, run: RunFiles, suite: str) -> None:
+    found = _suite(here, run, suite)
     if found is None:
         return
     stated, records = found
     groups: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         groups[Cell(record["task"], record["size"], record["regime"])].append(record)
+    counted: dict[Any, tuple[int, float]] = {}
     for cell, group in groups.items():
         group.sort(key=lambda record: record["index"])
         run.correct[cell] = np.array([record["correct"] for record in group], dtype=bool)
         run.items[cell] = _digest((r["index"], r["question"], r["answer"]) for r in group)
+        counted[cell] = len(group), float(run.correct[cell].mean())
     ticks = [record["ticks"] for record in records if record.get("ticks") is not None]
-    run.ticks = float(np.mean(ticks)) if ticks else None
-    counted: dict[Any, tuple[int, float]] = {c: (len(a), float(a.mean())) for c, a in run.correct.items()}
+    run.ticks = float(np.mean(ticks)) if ticks and run.ticks is None else run.ticks
     claims: dict[Any, tuple[int, float]] = {}
     for entry in stated.get("cells", []):
         cell = Cell(entry["task"], entry["size"], entry["regime"])
         claims[cell] = entry["n"], entry["accuracy"]
         if entry.get("chance") is not None:
             run.chance[cell] = float(entry["chance"])
-    _agree(here / "results_algorithmic.json", claims, counted, "accuracy")
+    _agree(here / f"results_{suite}.json", claims, counted, "accuracy")
 
 
 def _read_likelihood(here: Path, run: RunFiles) -> None:

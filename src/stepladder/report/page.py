@@ -16,6 +16,7 @@ from stepladder.report.evidence import Evidence, gather
 from stepladder.report.verdict import judge
 
 _COLUMNS = ("algorithmic", "likelihood")  # suites whose results the numbers of a run link to
+_RECORDS = {"algorithmic": "records", "vision": "image records", "likelihood": "text records"}
 
 
 def write(ladder_dir: str | Path) -> Path:
@@ -161,7 +162,7 @@ def _link(run: dict[str, Any], name: str, text: str) -> str:
 
 def _others(run: dict[str, Any]) -> list[tuple[str, str]]:
     """(file, label) of a run's records and of what suites found that have no column."""
-    records = [("records/algorithmic.jsonl", "records"), ("records/likelihood.jsonl", "text records")]
+    records = [(f"records/{suite}.jsonl", label) for suite, label in _RECORDS.items()]
     stated = [name for name in run["files"] if name.startswith("results_")]
     suites = [(name, name[len("results_") : -len(".json")]) for name in stated]
     return [pair for pair in [*records, *suites] if pair[0] in run["files"] and pair[1] not in _COLUMNS]

@@ -22,8 +22,9 @@ def draw(run_dir: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     accuracies: dict[str, Curve] = {}
     for line in lines:
         for name, value in line.get("eval", {}).items():
-            if name.startswith("algorithmic/") and value is not None:
-                accuracies.setdefault(name.removeprefix("algorithmic/"), []).append((line["step"], value))
+            suite, _, what = name.partition("/")
+            if suite in ("algorithmic", "vision") and value is not None:
+                accuracies.setdefault(what, []).append((line["step"], value))
     if accuracies:
         _plot(run_dir / "accuracy.png", accuracies, title, "exact match", "linear")
 

@@ -41,9 +41,10 @@ from stepladder.train import checkpoint, plots, provenance
 from stepladder.train.display import Display
 from stepladder.train.loop import Budget, Progress, Stop, fit
 from stepladder.train.loss import objective
-from stepladder.train.optim import adamw
+from stepladder.train.optim import optimizer as make_optimizer
 from stepladder.train.request import Asked, agree, finished, held
 from stepladder.train.starting import base_of, set_out, tokenizer_of
+from stepladder.train.step import tensors
 
 Evaluate = Callable[[LanguageModel, Tokenizer, Run], Mapping[str, float]]
 
@@ -90,10 +91,12 @@ def train(
         base = base_of(run, begun=bool(checkpoints(run_dir)))
         stream = Stream(run.data, run.seed, cache_folder(), tokenizer_of(run, run_dir, base))
         model = build(run, stream.tokenizer.vocab)
-        flops = 3 * model.cost(run.data.sequence).flops  # with adapters, too: the gradient of whole weights is made
+        stream.expand(body(model))
+        # With adapters, too: the gradient of whole weights is made.
+        flops = 3 * model.cost(run.data.sequence, images=stream.images_per_row()).flops
         set_out(model, run, base)
         model.to(device)
-        optimizer = adamw(model, run.train)
+        optimizer = make_optimizer(model, run.train)
         _rehearse(run, model, stream, rehearse)
         tokens_per_step = run.train.batch * run.data.sequence
         budget = Budget.of(asked.train, tokens_per_step, flops)
@@ -143,7 +146,16 @@ def build(run: Run, vocab: int) -> LanguageModel:
     """The model of a run with its initial weights, a function of the run's seed; torch's generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(run.seed, "init").seed())
-        return run.model.build(vocab).train()
+        model = run.build(vocab).train()
+        if run.train.freeze_encoder and model.vision is not None:
+            model.vision.requires_grad_(False)
+        return model
+
+
+def body(model: LanguageModel) -> int:
+    """Parameters but for the token embeddings and the head: what a ratio of tokens to parameters counts."""
+    outside = {id(p): p.numel() for part in (model.embed, model.head) for p in part.parameters()}
+    return sum(p.numel() for p in model.parameters()) - sum(outside.values())
 
 
 @contextmanager
@@ -170,12 +182,10 @@ def _rehearse(run: Run, model: LanguageModel, stream: Stream, also: Callable[[Ru
     if also:
         also(run)
     batch = stream.batch(0, np.arange(run.train.micro or run.train.batch), run.train.batch)
-    device = model.embed.tokens.weight.device
-    tokens, targets, documents = (
-        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets, batch.documents)
-    )
+    tokens, targets, documents, images = tensors(batch, model.embed.tokens.weight.device)
+    shown = {} if images is None else {"images": images}
     with torch.no_grad():
-        objective(model(tokens, targets=targets, documents=documents, key=0), targets, run.train.losses)
+        objective(model(tokens, targets=targets, documents=documents, key=0, **shown), targets, run.train.losses)
 
 
 # The directory ------------------------------------------------------------------------------------------------------
@@ -230,7 +240,8 @@ def _open(
     _configure(run_dir, asked.base)
     if not known.exists():
         write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
-        write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap()})
+        seen = {"images": images} if (images := stream.images()) else {}
+        write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap(), **seen})
     if asked.extended:
         write_json(run_dir / "extension.json", asked.extended)
     progress = Progress(**state["progress"])

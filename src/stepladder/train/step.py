@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stepladder.data.stream import Batch
-from stepladder.models.base import IGNORE, detach_state
+from stepladder.models.base import IGNORE, Images, detach_state
 from stepladder.models.halting import Halting
 from stepladder.models.lm import LanguageModel
 from stepladder.models.noise import row_keys
 from stepladder.run import TrainConfig
 from stepladder.train.loss import objective
+from stepladder.train.optim import set_rate
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,25 @@ def gradient_step(
     if not supervised:
         return Taken(0, refused="no supervised token in the batch")
     device = model.embed.tokens.weight.device
-    tokens, targets, documents = (
-        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets, batch.documents)
-    )
+    tokens, targets, documents, images = tensors(batch, device)
     keys = row_keys(noise, len(tokens), device)  # for all rows at once: micro-batches must not repeat their noise
-    micro = train.micro or len(tokens)
-    pieces = zip(*(whole.split(micro) for whole in (tokens, targets, documents, keys)), strict=True)
+    micro, horizon = train.micro or len(tokens), train.horizon or tokens.shape[1]
 
     optimizer.zero_grad(set_to_none=True)
     total, sums, nll_by_row = torch.zeros((), device=device), dict[str, Tensor](), []
-    for *whole_rows, keys_B in pieces:
-        state, nll_B = None, torch.zeros(len(keys_B), device=device)
-        horizon = train.horizon or whole_rows[0].shape[1]
-        for tokens_BT, targets_BT, documents_BT in zip(
-            *(each.split(horizon, dim=1) for each in whole_rows), strict=True
-        ):
+    for rows in _slices(len(tokens), micro):
+        state, keys_B, nll_B = None, keys[rows], torch.zeros(len(keys[rows]), device=device)
+        for columns in _slices(tokens.shape[1], horizon):
+            targets_BT = targets[rows, columns]
             with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 output = model(
-                    tokens_BT,
+                    tokens[rows, columns],
                     state,
                     targets=targets_BT,
-                    documents=documents_BT,
+                    documents=documents[rows, columns],
                     key=keys_B if state is None else None,
                     recompute=train.recompute,
+                    **({} if images is None else {"images": images.at(rows, columns)}),
                 )
                 loss, parts = objective(output, targets_BT, train.losses)
             if loss.requires_grad:
@@ -108,8 +106,8 @@ def gradient_step(
     refusal: dict[str, Any] = {}
     if not math.isfinite(whole):
         terms = ", ".join(name for name, value in taken.sums.items() if not math.isfinite(value))
-        rows = (~torch.cat(nll_by_row).isfinite()).nonzero()[:, 0].tolist()
-        refusal = {"refused": f"the loss is {whole} in {terms or 'total'}", "rows": rows}
+        wrong = (~torch.cat(nll_by_row).isfinite()).nonzero()[:, 0].tolist()
+        refusal = {"refused": f"the loss is {whole} in {terms or 'total'}", "rows": wrong}
     elif not math.isfinite(size):
         named = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
         bad = [name for name, gradient in named if not bool(gradient.isfinite().all())]
@@ -120,10 +118,21 @@ def gradient_step(
         optimizer.zero_grad(set_to_none=True)
         return replace(taken, **refusal)
     clip_grads_with_norm_(parameters, train.clip, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_rate(optimizer, lr)
     optimizer.step()
     return taken
+
+
+def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Images | None]:
+    """Tokens, targets, documents and images of a batch, on a device."""
+    shown = () if batch.images is None else (batch.images.pixels, batch.images.slots)
+    arrays = (batch.tokens, batch.targets, batch.documents, *shown)
+    tokens, targets, documents, *images = (torch.from_numpy(array).to(device) for array in arrays)
+    return tokens, targets, documents, Images(*images) if images else None
+
+
+def _slices(whole: int, part: int) -> Iterator[slice]:
+    return (slice(first, first + part) for first in range(0, whole, part))
 
 
 def _watched(model: LanguageModel) -> dict[str, list[Tensor]]:

@@ -35,7 +35,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
         tokenizer = TOKENIZERS.get("byte")().build("", iter(()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = run.model.build(tokenizer.vocab).eval()
+            network = run.build(tokenizer.vocab).eval()
         home = tmp_path_factory.mktemp("run")
         return Loaded(run, network, tokenizer, 1, home / "checkpoints" / "step-00000001")
 

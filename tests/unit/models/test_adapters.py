@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stepladder.core.errors import UserError
-from stepladder.models.adapters import add_adapters, hidden_matrices, merge_adapters
+from stepladder.models.adapters import adapted_matrices, add_adapters, merge_adapters
 from stepladder.models.weights import load_weights, named_weights, save_weights
 from stepladder.models.zoo import ARCHITECTURES, spec
 
@@ -93,7 +93,7 @@ def test_tied_weights_and_shared_matrices_stay_one():
             self.head = nn.Linear(8, 5)
 
     model = Twice()
-    assert [len(places) for _, places in hidden_matrices(model)] == [2]
+    assert [len(places) for _, places in adapted_matrices(model)] == [2]
     add_adapters(model, 2, 1.0)
     nn.init.normal_(model.first.parametrizations.weight[0].up)
     assert torch.equal(model.first.weight, model.second.weight)
@@ -103,7 +103,7 @@ def test_tied_weights_and_shared_matrices_stay_one():
     assert torch.equal(model.first.weight, changed)
 
     tied = _model("transformer", tied=True)
-    assert all(not isinstance(module, nn.Embedding) for _, places in hidden_matrices(tied) for module, _ in places)
+    assert all(not isinstance(module, nn.Embedding) for _, places in adapted_matrices(tied) for module, _ in places)
 
 
 def test_adapters_load_strictly(tmp_path):

@@ -171,3 +171,18 @@ def test_a_run_that_is_not_the_declared_one_is_pending(folder):
     assert other.summary == {}
     assert evidence.runs["loop", 1].complete  # nothing is declared about it
     assert evidence.seeds_decided("loop") == [1]
+
+
+def test_what_is_said_of_images_is_compared_like_answers(folder):
+    before = gather(folder)
+    for run in folder.glob("*-s*"):
+        for name in ("results_{}.json", "records/{}.jsonl"):
+            (run / name.format("algorithmic")).rename(run / name.format("vision"))
+    after = gather(folder)
+    assert after.cells == before.cells
+    assert after.runs["loop", 1].meta.keys() == {"vision", "likelihood"}
+    for cell in before.cells:
+        assert (after.runs["loop", 1].correct[cell] == before.runs["loop", 1].correct[cell]).all()
+    rewrite(folder / "loop-s0" / "records" / "vision.jsonl", lambda line: line | {"correct": True})
+    with pytest.raises(UserError, match=r"results_vision\.json: accuracy of addition, 2, iid .* edited"):
+        gather(folder)

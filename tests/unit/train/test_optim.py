@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from stepladder.core.errors import UserError
-from stepladder.run import TrainConfig
-from stepladder.train.optim import adamw, learning_rate, never_updated, optimizer_tensors, restore_optimizer
+from stepladder.core.files import read_lines
+from stepladder.models.zoo import ARCHITECTURES
+from stepladder.run import Run, TrainConfig
+from stepladder.train.optim import (
+    adamw,
+    hidden_matrices,
+    learning_rate,
+    never_updated,
+    optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    set_rate,
+)
 from stepladder.train.session import build
+from stepladder.train.session import train as train_run
 
 
 def config(**fields) -> TrainConfig:
@@ -130,3 +142,135 @@ def test_warm_up_begins_above_zero_in_a_run_of_steps():
     train = config()
     assert learning_rate(train, 1 / 100) == pytest.approx(0.1)
     assert not math.isclose(learning_rate(train, 1 / 100), 0.0)
+
+
+# Muon ---------------------------------------------------------------------------------------------------------------
+
+
+def seeing(run, vocab=20):
+    """The model of a run, with an image encoder."""
+    return build(Run.of({**run.tree(), "encoder": {"kind": "conv", "side": 8, "hidden": 8}}), vocab)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES.names())
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_is_in_one_group_and_muon_has_hidden_matrices_only(tiny, kind, tied):
+    run = tiny(kind=kind, model={"tied": tied} if "tied" in ARCHITECTURES.get(kind).model_fields else {})
+    model = seeing(run)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizer(model, config(optimizer="muon")).param_groups
+    found = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(names.values())
+    muon = [names[id(p)] for p in groups[0]["params"]]
+    assert muon
+    assert all(p.ndim == 2 and min(p.shape) > 1 for p in groups[0]["params"])
+    assert not any(name.startswith(("embed.", "head.", "vision.")) for name in muon)
+    tables = ("initial_ZD", "memory_NM", "first_MD", "start_QN", "conv")
+    assert not any(name.endswith(tables) for name in muon)
+
+
+def test_a_trainable_matrix_of_a_block_is_muons(tiny):
+    model = seeing(tiny())
+    names = {name for name, p in model.named_parameters() if any(p is each for each in hidden_matrices(model))}
+    assert names == {n for n, p in model.named_parameters() if n.startswith("core.") and p.ndim == 2}
+    model.core.requires_grad_(False)
+    assert hidden_matrices(model) == []
+    with pytest.raises(UserError, match="hidden matrices and this model has none"):
+        optimizer(model, config(optimizer="muon"))
+
+
+def test_it_is_torchs_muon_beside_adamw_to_the_bit(tiny):
+    """Ours against torch.optim.Muon and torch.optim.AdamW put together by hand, with a changing rate."""
+    run = tiny()
+    one, two = seeing(run), seeing(run)
+    train = config(optimizer="muon", lr=0.004, muon_lr=0.03, weight_decay=0.2, beta1=0.9, beta2=0.95)
+    ours = optimizer(one, train)
+    mine = hidden_matrices(two)
+    rest = [p for p in two.parameters() if all(p is not m for m in mine)]
+    tables = {two.embed.tokens.weight, two.vision.places.weight}
+    muon = torch.optim.Muon(mine, lr=0.03, weight_decay=0.2)
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim > 1 and p not in tables], "weight_decay": 0.2},
+            {"params": [p for p in rest if p.ndim < 2 or p in tables], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    for seed, fraction in enumerate((1.0, 0.5, 0.25)):
+        set_rate(ours, 0.004 * fraction)
+        for group in muon.param_groups:
+            group["lr"] = 0.03 * fraction
+        for group in adam.param_groups:
+            group["lr"] = 0.004 * fraction
+        step_all(one, ours, seed)
+        step_all(two, muon, seed)
+        adam.step()
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_an_update_of_muon_is_the_formula(tiny):
+    """Two updates against Nesterov momentum and five Newton-Schulz iterations, in float64."""
+    model = seeing(tiny())
+    ours = optimizer(model, config(optimizer="muon", lr=1.0, muon_lr=0.1, weight_decay=0.5))
+    weight = max(hidden_matrices(model), key=lambda p: p.shape[0] / p.shape[1])
+    rows, columns = weight.shape
+    assert rows > columns
+    value, momentum = weight.detach().double(), 0.0
+    for seed in range(2):
+        before = weight.detach().double()
+        step_all(model, ours, seed)
+        gradient = weight.grad.double()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        x = 0.05 * gradient + 0.95 * momentum
+        x = x.T / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        wanted = -0.1 * math.sqrt(rows / columns) * x.T
+        value = weight.detach().double() - before * (1 - 0.1 * 0.5)
+        assert (value - wanted).norm() / wanted.norm() < 0.03  # the iterations are in bfloat16
+        singular = torch.linalg.svdvals(value) / (0.1 * math.sqrt(rows / columns))
+        assert 0.5 < singular.min() < singular.max() < 1.3
+
+
+def test_muon_needs_no_process_group(tiny):
+    assert not torch.distributed.is_initialized()
+    model = seeing(tiny())
+    step_all(model, optimizer(model, config(optimizer="muon")), 0)
+    assert not torch.distributed.is_initialized()
+
+
+def test_muons_state_survives_bit_by_bit(tiny):
+    run, train = tiny(), config(optimizer="muon", lr=0.01)
+    one, two = seeing(run), seeing(run)
+    first, second = optimizer(one, train), optimizer(two, train)
+    for seed in range(3):
+        step_all(one, first, seed)
+    assert never_updated(one, first) == []
+    two.load_state_dict(one.state_dict())
+    kept = {name: tensor.clone() for name, tensor in optimizer_tensors(one, first).items()}
+    assert {name.rpartition("/")[2] for name in kept} == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    restore_optimizer(two, second, kept)
+    for seed in range(3, 6):
+        step_all(one, first, seed)
+        step_all(two, second, seed)
+    for mine, theirs in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_muons_rate_follows_the_schedule(tiny):
+    groups = optimizer(seeing(tiny()), config(optimizer="muon", lr=0.004)).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.02, 0.004, 0.004])
+
+
+def test_muon_trains(tiny, tmp_path):
+    folder = train_run(tiny(name="muon", optimizer="muon", steps=60, batch=8), tmp_path)
+    lines = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+    assert lines[-1] < 0.85 * lines[0]
+
+
+def test_muons_rate_without_muon_is_refused():
+    with pytest.raises(ValueError, match=r"muon_lr=0\.1 is for Muon"):
+        config(muon_lr=0.1)
