@@ -39,6 +39,7 @@ class LanguageModel(nn.Module):
     """A causal language model assembled from parts; what an architecture's ``build`` returns.
 
     core is usually a recurrence (once, loop, ...); prelude and coda are parts applied once before and after it.
+    final_norm False: the last part's output is for the head as it is.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LanguageModel(nn.Module):
         coda: Part | None = None,
         tied: bool = False,
         learned_positions: int = 0,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         self.vocab, self.width = vocab, width
@@ -58,7 +60,7 @@ class LanguageModel(nn.Module):
         self.prelude = Stack([]) if prelude is None else prelude
         self.core = core
         self.coda = Stack([]) if coda is None else coda
-        self.norm = norm(width)
+        self.norm = norm(width) if final_norm else nn.Identity()
         self.head = SoftmaxHead(width, vocab, self.embed.tokens if tied else None)
         _number(self)
 
@@ -109,10 +111,20 @@ class LanguageModel(nn.Module):
                 raise UserError(f"edits: nothing is called '{name}'{did_you_mean(name, sink.taps)}; taps: {known}")
 
         nll_BT = None if targets is None else self.head.nll(h_BTD, targets)
+        if targets is not None:
+            self._lessons(targets, sink)
         logits = None if targets is not None else self.head.logits(_at(h_BTD, logits_at))
         sink.open = False
         after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda)
         return Output(logits, nll_BT, after, sink.losses, sink.trace or {})
+
+    def _lessons(self, targets_BT: Tensor, sink: Sink) -> None:
+        """Score the states that parts asked for, see Context.when_scored."""
+        for states, then, learn in sink.asked:
+            with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
+                h_ND = self.norm(torch.cat(states))  # the states behind one another, as rows of one batch
+                nll_NT = self.head.nll(h_ND, targets_BT.repeat(len(states), 1))
+            then(nll_NT.unflatten(0, (len(states), -1)))
 
     def _start(self, tokens_BT: Tensor, key: int | Tensor | None) -> ModelState:
         batch, device = tokens_BT.shape[0], tokens_BT.device
@@ -142,7 +154,7 @@ class LanguageModel(nn.Module):
 
     def cost(self, context: int, ticks: int | None = None) -> Cost:
         """Parameters, forward FLOPs per token and state bytes per sequence, at ``context`` tokens and ``ticks``."""
-        outer = self.embed.cost() + Cost(self.norm.weight.numel()) + self.head.cost()
+        outer = self.embed.cost() + Cost(sum(p.numel() for p in self.norm.parameters())) + self.head.cost()
         counters = Cost(state_bytes=3 * torch.int64.itemsize)
         parts = (part.cost(context, ticks) for part in (self.prelude, self.core, self.coda))
         return sum(parts, outer + counters)

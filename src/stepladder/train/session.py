@@ -89,7 +89,7 @@ def train(
         model = build(run, stream.tokenizer.vocab).to(device)
         optimizer = adamw(model, run.train)
         _rehearse(run, model, stream, rehearse)
-        flops = 3 * model.cost(run.data.sequence).flops
+        flops = model.cost(run.data.sequence).train_flops
         tokens_per_step = run.train.batch * run.data.sequence
         budget = Budget.of(asked.train, tokens_per_step, flops)
         budget = replace(budget, horizon=Budget.of(run.train, tokens_per_step, flops).horizon)
