@@ -137,6 +137,12 @@ def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, 
     mask: boolean (B, 1, Q, S), None for none; every query must see a key. causal: query i sees keys 0..i.
     """
     shared = q_BQHK.shape[2] // k_BSGK.shape[2]
+    if shared > 1 and q_BQHK.shape[1] == 1:
+        # Decoding: the query heads of one key/value head are as many queries of it, so nothing need be copied for them.
+        q_BGHK = q_BQHK.squeeze(1).unflatten(1, (-1, shared))
+        return F.scaled_dot_product_attention(
+            q_BGHK, k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2), attn_mask=mask
+        ).flatten(1)[:, None]
     k, v = (x if shared == 1 else x.repeat_interleave(shared, dim=2) for x in (k_BSGK, v_BSGK))
     y = F.scaled_dot_product_attention(
         q_BQHK.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal

@@ -52,11 +52,11 @@ class FiLM(nn.Module):
         self.tick = nn.Parameter(torch.randn(ticks, rank))
         self.map = nn.Parameter(torch.zeros(rank, 2 * width))
 
-    def forward(self, x_BTD: Tensor, tick: int) -> Tensor:
-        """``tick`` from 1."""
-        row = self.tick[min(tick, len(self.tick)) - 1]
-        gain, shift = (row[:, None] * self.map).sum(0).to(x_BTD.dtype).chunk(2)
-        return x_BTD * (1 + gain) + shift
+    def forward(self, ticks: int) -> list[tuple[Tensor, Tensor]]:
+        """1 + g_k and b_k, (D,) each, of ticks 1 .. ``ticks``; made once a call."""
+        made = (self.tick[:, :, None] * self.map).sum(1).chunk(2, dim=-1)
+        pairs = list(zip((1 + made[0]).unbind(0), made[1].unbind(0), strict=True))[:ticks]
+        return pairs + pairs[-1:] * (ticks - len(pairs))
 
 
 class RecursiveHalting(Part):
@@ -102,7 +102,8 @@ class RecursiveHalting(Part):
         whole = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         luck = uniform(ctx, SITE, 1)[..., 0] if self.training and self.halting.draws else None
 
-        again_BTD, s_BTD = self.inject(x_BTD), x_BTD
+        again_BTD, s_BTD, gate = self.inject(x_BTD), x_BTD, torch.sigmoid(self.gate)
+        modulations = [None] * ticks if self.film is None else self.film(ticks)
         progress = self.halting.start(torch.ones_like(ctx.positions_BT, dtype=torch.bool), x_BTD.dtype, luck)
         mixed_BTD = torch.zeros_like(x_BTD, dtype=progress.left.dtype)
         states, after = [s_BTD], []
@@ -119,7 +120,9 @@ class RecursiveHalting(Part):
             if rows_R is not None and len(rows_R) == 0:
                 shown = tuple(each and each.skipped() for each in shown)
             else:
-                s_BTD, shown = self._tick(s_BTD, again_BTD, shown, rows_R, tick, ctx)
+                s_BTD, shown = self._tick(
+                    s_BTD, again_BTD, shown, rows_R, modulations[tick - 1], gate, ctx.at_tick(tick - 1)
+                )
                 weight_BT, progress = self.halting(s_BTD, states[-1], progress, tick, ticks)
                 states.append(s_BTD)
                 reads.append(self.norm_out(s_BTD))
@@ -150,10 +153,17 @@ class RecursiveHalting(Part):
         return None if len(rows_R) == len(running_B) else rows_R
 
     def _tick(
-        self, s_BTD: Tensor, again_BTD: Tensor, shown: State, rows_R: Tensor | None, tick: int, ctx: Context
+        self,
+        s_BTD: Tensor,
+        again_BTD: Tensor,
+        shown: State,
+        rows_R: Tensor | None,
+        modulation: tuple[Tensor, Tensor] | None,
+        gate_D: Tensor,
+        ctx: Context,
     ) -> tuple[Tensor, State]:
         """The states after a tick, those of rows that are left out as they were; and what each layer shows."""
-        old, again, ctx = s_BTD, again_BTD, ctx.at_tick(tick - 1)
+        old, again = s_BTD, again_BTD
         if rows_R is not None:
             old, again = old.index_select(0, rows_R), again.index_select(0, rows_R)
             shown = tuple(each and replace(each, rows_R=rows_R) for each in shown)
@@ -162,10 +172,10 @@ class RecursiveHalting(Part):
             }
             ctx = replace(ctx, **taken)
         x = self.norm(old) + again
-        if self.film is not None:
-            x = self.film(x, tick)
+        if modulation is not None:
+            x = x * modulation[0] + modulation[1]
         new, shown = self.body(x, shown, ctx)
-        new = old + torch.sigmoid(self.gate).to(old.dtype) * (new - old)
+        new = old + gate_D * (new - old)
         return new if rows_R is None else s_BTD.index_copy(0, rows_R, new), shown
 
     def _lessons(self, nll_KBT: Tensor, states: list[Tensor], progress: Progress, ctx: Context) -> None:
