@@ -88,6 +88,7 @@ class RecursiveHalting(Part):
         self.gate = nn.Parameter(torch.zeros(width))
         self.norm_out = norm(width)
         self.attends = [isinstance(part, Residual) and isinstance(part.part, HeldAttention) for part in body]
+        self.first = self.attends.index(True)  # of the body's parts, the one that plans for all attention
 
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         ticks = self.ticks if ctx.ticks is None else ctx.ticks
@@ -110,15 +111,16 @@ class RecursiveHalting(Part):
         reads: list[Tensor] = []
         weights: list[Tensor] = []
         offers: list[Tensor] = []
-        shown = tuple(Holding(None) if attends else None for attends in self.attends)
-        for tick, cache in enumerate(caches, 1):
+        plan = self._planner().plan(caches[0][self.first], x_BTD, ctx)
+        shown = tuple(Holding(None, plan) if attends else None for attends in self.attends)
+        for tick, past in enumerate(caches, 1):
             shown = tuple(
-                each and replace(each, cache=before, running_BT=progress.running)
-                for each, before in zip(shown, cache, strict=True)
+                each and replace(each, past=before, plan=plan, running_BT=progress.running, rows_R=None)
+                for each, before in zip(shown, past, strict=True)
             )
             rows_R = None if whole else self._rows(progress, x_BTD.shape[1])
             if rows_R is not None and len(rows_R) == 0:
-                shown = tuple(each and each.skipped() for each in shown)
+                shown = tuple(each and replace(each, past=each.skipped()) for each in shown)
             else:
                 s_BTD, shown = self._tick(
                     s_BTD, again_BTD, shown, rows_R, modulations[tick - 1], gate, ctx.at_tick(tick - 1)
@@ -129,7 +131,7 @@ class RecursiveHalting(Part):
                 weights.append(weight_BT)
                 offers.append(progress.offer)
                 mixed_BTD = mixed_BTD + weight_BT[..., None] * reads[-1]
-            after.append(tuple(each and each.cache for each in shown))
+            after.append(tuple(each and each.past for each in shown))
 
         charge_BT = self.halting.charge(weights, ticks)
         if charge_BT is not None:
@@ -142,6 +144,13 @@ class RecursiveHalting(Part):
             ctx.note("halt", torch.stack(offers + offers[-1:] * (ticks - len(offers)), -1))
             ctx.note("change", _changes(states, progress, ticks))
         return mixed_BTD.to(x_BTD.dtype), tuple(after)
+
+    def _planner(self) -> HeldAttention:
+        """All attention of the body sees the same tokens, so one layer plans for every one and every tick."""
+        residual = self.body.parts[self.first]
+        assert isinstance(residual, Residual)
+        assert isinstance(residual.part, HeldAttention)
+        return residual.part
 
     @staticmethod
     def _rows(progress: Progress, tokens: int) -> Tensor | None:
@@ -166,7 +175,8 @@ class RecursiveHalting(Part):
         old, again = s_BTD, again_BTD
         if rows_R is not None:
             old, again = old.index_select(0, rows_R), again.index_select(0, rows_R)
-            shown = tuple(each and replace(each, rows_R=rows_R) for each in shown)
+            plan = shown[self.first].plan.of(rows_R)
+            shown = tuple(each and replace(each, rows_R=rows_R, plan=plan) for each in shown)
             taken = {
                 name: getattr(ctx, name).index_select(0, rows_R) for name in ("tokens_BT", "positions_BT", "key_B")
             }
