@@ -60,7 +60,7 @@ class ScaledMass(ACT):
 def closes(policy):
     """The largest distance of a place's summed weights from 1."""
     weights, _ = run(policy, states(6))
-    return float((weights.sum(0) - 1).abs().max())
+    return (weights.sum(0) - 1).abs().max().item()
 
 
 @pytest.mark.parametrize("name", POLICIES.names())

@@ -243,8 +243,8 @@ def test_a_price_shortens():
         torch.manual_seed(0)
         fields = {"width": 16, "heads": 2, "ticks": 4, "deep": 0.2, "policy": {"kind": "act", "ponder": price}}
         model = spec("recursive_halting", **fields).build(V).train()
-        optimizer = torch.optim.AdamW(model.parameters(), 0.02)
-        for step in range(40):
+        optimizer = torch.optim.AdamW(model.parameters(), 0.03, weight_decay=0.0)
+        for step in range(80):
             tokens = draw(V, 8, 12, seed=step)
             out = model(tokens[:, :-1], targets=tokens[:, :-1])
             optimizer.zero_grad()
@@ -271,6 +271,7 @@ def test_the_ticks_that_training_weighs_are_those_that_evaluation_executes(monke
     torch.testing.assert_close(model(tokens).logits, trained, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
 def test_the_spoiled_states_above_would_show_if_they_were_not_held(monkeypatch):
     model, tokens = build(), draw(V, 4, 10)
     trained = model(tokens).logits
