@@ -69,7 +69,7 @@ def _costs(of: Spec, vocab: int, context: int, batch: int, ticks: int | None, tr
     update = training(of, vocab, batch, context, train, ticks)
     reading = decoding(of, vocab, batch, context, ticks)
     price = cost(of, vocab, context, ticks)
-    counts = (price.params, price.flops, 3 * price.flops)
+    counts = (price.params, price.flops, price.train_flops)
     return [*map(number, counts), *map(size, (update.saved, update.peak, reading.state, reading.peak))]
 
 

@@ -4,6 +4,7 @@ import random
 import re
 
 import broken
+import broken_halting
 import broken_models
 import broken_vectur
 import miniature
@@ -34,7 +35,7 @@ def test_miniatures_are_not_in_the_zoo():
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("cls", [miniature.Healthy, miniature.HealthyHalting])
+@pytest.mark.parametrize("cls", [miniature.Healthy, miniature.HealthyHalting, broken_halting.HealthyRecursive])
 def test_honest_miniature_keeps_law(cls, law):
     (found,) = check(cls, only=[law])
     assert found.passed, found.detail

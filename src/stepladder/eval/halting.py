@@ -61,6 +61,7 @@ class Exit(Halting):
     def __init__(self, policy: Halting) -> None:
         super().__init__(policy.min_ticks, policy.price)
         self.policy = policy
+        self.mixes = policy.mixes
 
     def decide(self, new_BND: Tensor, old_BND: Tensor, before: Progress) -> tuple[Tensor, Tensor]:
         offer, stop = self.policy.decide(new_BND, old_BND, before)

@@ -201,18 +201,18 @@ def _close(residual: float, match: str) -> bool:
 
 def _flops(run: Run, price: Cost) -> float:
     """Training FLOPs of a run with a budget in steps, tokens or FLOPs; 0 where the clock decides."""
-    per_step = 3 * price.flops * run.train.batch * run.data.sequence
+    per_step = price.train_flops * run.train.batch * run.data.sequence
     if run.train.steps is not None:
         return run.train.steps * per_step
     if run.train.tokens is not None:
-        return 3 * price.flops * run.train.tokens
+        return price.train_flops * run.train.tokens
     return run.train.flops or 0.0
 
 
 def _same_flops(run: Run, price: Cost, budget: float) -> Run:
     if not budget:
         raise UserError("match: train_flops needs a budget in steps, tokens or flops; a budget in seconds has none")
-    steps = max(1, round(budget / (3 * price.flops * run.train.batch * run.data.sequence)))
+    steps = max(1, round(budget / (price.train_flops * run.train.batch * run.data.sequence)))
     train = {**run.train.model_dump(), "steps": steps, "tokens": None, "flops": None}
     return Run.of({**run.tree(), "train": train})
 

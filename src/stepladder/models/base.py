@@ -79,32 +79,45 @@ class Images:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part costs. ``flops`` are those of matrix products, forward, per token, averaged over a sequence."""
+    """What a part costs. ``flops`` are those of matrix products, forward, per token, averaged over a sequence.
+
+    lessons: FLOPs per token that training alone executes, forward and backward: likelihoods of states that are not the
+    output (see Context.when_scored).
+    """
 
     params: int = 0
     flops: float = 0.0
     state_bytes: float = 0.0
+    lessons: float = 0.0
+
+    @property
+    def train_flops(self) -> float:
+        """FLOPs per token of a training step: three forwards, the backward pass being two, and the lessons."""
+        return 3 * self.flops + self.lessons
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.flops + other.flops, self.state_bytes + other.state_bytes)
+        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Cost(*(a + b for a, b in zip(ours, theirs, strict=True)))
 
     def repeated(self, times: float) -> Cost:
         """The same weights applied ``times`` times, each with a state of its own."""
-        return Cost(self.params, self.flops * times, self.state_bytes * times)
+        return Cost(self.params, self.flops * times, self.state_bytes * times, self.lessons * times)
 
 
 @dataclass
 class Sink:
     """Where parts leave named terms during one forward. Closed afterwards, so recomputation leaves nothing.
 
-    trace: None if nobody asked for one; ``full`` is False where the ticks are all that is wanted. taps: names of the
-    values that were offered for editing, collected only if the caller edits any.
+    trace: None if nobody asked for one; ``full`` is False where the ticks, executed and expected, are all that is
+    wanted. taps: names of the values that were offered for editing, collected only if the caller edits any. asked:
+    states whose likelihood a part wants, see Context.when_scored.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     trace: dict[str, Tensor] | None = None
     full: bool = True
     taps: set[str] = field(default_factory=set)
+    asked: list[tuple[list[Tensor], Callable[[Tensor], None], bool]] = field(default_factory=list)
     open: bool = True
 
 
@@ -142,9 +155,19 @@ class Context:
             known = self.sink.losses.get(name)
             self.sink.losses[name] = value_BT if known is None else known + value_BT
 
+    def when_scored(self, states: list[Tensor], then: Callable[[Tensor], None], *, learn: bool) -> None:
+        """Ask for the likelihood that each of K ``states`` (B, T, D) would have as the core's output.
+
+        After the forward, and only if targets were given, the model has its head score them and calls ``then`` with
+        nll (K, B, T), of which nothing can come but losses: no target ever reaches a part. At most one chunk of logits
+        exists at a time. learn: whether the likelihoods carry gradients.
+        """
+        if self.sink.open:
+            self.sink.asked.append((states, then, learn))
+
     def note(self, name: str, value: Tensor) -> None:
         """Leave a diagnostic (detached, batch first), if somebody asked for a trace."""
-        if self.sink.open and self.sink.trace is not None and (self.sink.full or name == "ticks"):
+        if self.sink.open and self.sink.trace is not None and (self.sink.full or name in ("ticks", "ponder")):
             self.sink.trace[name] = value.detach()
 
     def note_ticks(self, ticks_BT: Tensor) -> None:

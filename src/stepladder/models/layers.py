@@ -80,11 +80,20 @@ def rotate(x_BHTK: Tensor, positions_BT: Tensor, base: float) -> Tensor:
 
     Channel pairs (i, i + K/2) turn by position x base^(-2i/K). Angles are built from the head width itself.
     """
-    half = x_BHTK.shape[-1] // 2
-    wide = torch.promote_types(x_BHTK.dtype, torch.float32)
-    speeds = base ** (-torch.arange(half, device=x_BHTK.device, dtype=wide) / half)
-    angles = positions_BT[:, None, :, None].to(wide) * speeds
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x_BHTK.to(wide).split(half, dim=-1)
+    cos, sin = angles(positions_BT, x_BHTK.shape[-1], base, x_BHTK.dtype)
+    return turn(x_BHTK, cos[:, None], sin[:, None])
+
+
+def angles(positions_BT: Tensor, head_width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, K/2) of rotary positions, in float32 or wider."""
+    half, wide = head_width // 2, torch.promote_types(dtype, torch.float32)
+    speeds = base ** (-torch.arange(half, device=positions_BT.device, dtype=wide) / half)
+    turns = positions_BT[..., None].to(wide) * speeds
+    return turns.cos(), turns.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel pairs (i, i + K/2) of x (..., K) turned; cosines and sines broadcast against (..., K/2)."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x_BHTK.dtype)
+    return turned.to(x.dtype)

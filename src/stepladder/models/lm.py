@@ -41,6 +41,7 @@ class LanguageModel(nn.Module):
 
     core is usually a recurrence (once, loop, ...); prelude and coda are parts applied once before and after it.
     vision: the encoder of the images that may stand among the tokens, set by whoever builds the model; or None.
+    final_norm False: the last part's output is for the head as it is.
     """
 
     vision: Encoder | None
@@ -55,6 +56,7 @@ class LanguageModel(nn.Module):
         coda: Part | None = None,
         tied: bool = False,
         learned_positions: int = 0,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         self.vocab, self.width, self.vision = vocab, width, None
@@ -62,7 +64,7 @@ class LanguageModel(nn.Module):
         self.prelude = Stack([]) if prelude is None else prelude
         self.core = core
         self.coda = Stack([]) if coda is None else coda
-        self.norm = norm(width)
+        self.norm = norm(width) if final_norm else nn.Identity()
         self.head = SoftmaxHead(width, vocab, self.embed.tokens if tied else None)
         _number(self)
 
@@ -115,6 +117,8 @@ class LanguageModel(nn.Module):
                 raise UserError(f"edits: nothing is called '{name}'{did_you_mean(name, sink.taps)}; taps: {known}")
 
         nll_BT = None if targets is None else self.head.nll(h_BTD, targets)
+        if targets is not None:
+            self._lessons(targets, sink)
         logits = None if targets is not None else self.head.logits(_at(h_BTD, logits_at))
         sink.open = False
         after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda)
@@ -126,6 +130,14 @@ class LanguageModel(nn.Module):
         if images.slots_BT.shape != tokens_BT.shape:
             raise ValueError(f"slots have shape {tuple(images.slots_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
         return self.vision.place(images)
+
+    def _lessons(self, targets_BT: Tensor, sink: Sink) -> None:
+        """Score the states that parts asked for, see Context.when_scored."""
+        for states, then, learn in sink.asked:
+            with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
+                h_ND = self.norm(torch.cat(states))  # the states behind one another, as rows of one batch
+                nll_NT = self.head.nll(h_ND, targets_BT.repeat(len(states), 1))
+            then(nll_NT.unflatten(0, (len(states), -1)))
 
     def _start(self, tokens_BT: Tensor, key: int | Tensor | None) -> ModelState:
         batch, device = tokens_BT.shape[0], tokens_BT.device
@@ -158,7 +170,7 @@ class LanguageModel(nn.Module):
 
         images: how many stand in a sequence, on average; their encoder's FLOPs are shared out to all its tokens.
         """
-        outer = self.embed.cost() + Cost(self.norm.weight.numel()) + self.head.cost()
+        outer = self.embed.cost() + Cost(sum(p.numel() for p in self.norm.parameters())) + self.head.cost()
         if self.vision is not None:
             seen = self.vision.cost()
             outer += Cost(seen.params, seen.flops * images / context)

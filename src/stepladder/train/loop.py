@@ -22,7 +22,7 @@ from stepladder.models.lm import LanguageModel
 from stepladder.run import Run, TrainConfig
 from stepladder.train import checkpoint
 from stepladder.train.optim import learning_rate, never_updated
-from stepladder.train.step import Taken, gradient_step
+from stepladder.train.step import HALTING, Taken, gradient_step
 
 FLAGGED = 5.0
 """A loss above this multiple of its running mean is reported as a spike, skipped or not."""
@@ -117,17 +117,19 @@ class Progress:
         share = max(1 / self.updates, 1 / MEMORY)
         self.mean = taken.loss if self.mean is None else (1 - share) * self.mean + share * taken.loss
         self.window_supervised += taken.supervised
-        for name, value in taken.sums.items():
+        for name, value in {**taken.sums, **taken.halting}.items():
             self.window[name] = self.window.get(name, 0.0) + value
 
     def close_window(self, lr: float, grad_norm: float, grad_norms: dict[str, float] | None = None) -> dict[str, Any]:
         """The metric line for the steps since the last one. Losses are means over supervised tokens of updates.
 
         Norms are the last step's, before clipping, None where they are not finite; ``grad_norms`` are those of parts,
-        and the line has none for a model without such parts.
+        and the line has none for a model without such parts; nor has it figures of halting (see step.HALTING) for a
+        model that does not decide its ticks.
         """
         means = {name: value / self.window_supervised for name, value in self.window.items()}
         self.loss = means.pop("nll", None)
+        halting = {name: means.pop(name) for name in HALTING if name in means}
         line = {
             **{name: getattr(self, name) for name in ("step", "tokens", "supervised", "loss")},
             "lr": lr,
@@ -137,6 +139,7 @@ class Progress:
             "tokens_per_s": round(self.window_tokens / max(self.window_seconds, 1e-9), 1),
             "flops": self.flops,
             "losses": means,
+            **halting,
             "event": None,
         }
         self.window, self.window_supervised, self.window_tokens, self.window_seconds = {}, 0, 0, 0.0

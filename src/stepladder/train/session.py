@@ -93,7 +93,7 @@ def train(
         model = build(run, stream.tokenizer.vocab)
         stream.expand(body(model))
         # With adapters, too: the gradient of whole weights is made.
-        flops = 3 * model.cost(run.data.sequence, images=stream.images_per_row()).flops
+        flops = model.cost(run.data.sequence, images=stream.images_per_row()).train_flops
         set_out(model, run, base)
         model.to(device)
         optimizer = make_optimizer(model, run.train)

@@ -20,6 +20,10 @@ from stepladder.run import TrainConfig
 from stepladder.train.loss import objective
 from stepladder.train.optim import set_rate
 
+HALTING = ("act_inner_steps", "act_expected_steps", "act_executed_steps")
+"""What metric lines tell of a model that decides its ticks: the most that any token of the batch took; the expected
+number, sum_k k w_k; and those that a token executed before it stopped, the last two as means over supervised tokens."""
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -27,6 +31,7 @@ class Taken:
 
     grad_norm: of all gradients together, before clipping. grad_norms: of parts worth watching, likewise: "halting",
     all parameters of halting policies, where a model has any; 0 if nothing reaches them.
+    halting: of a model that decides its ticks, what HALTING names, times ``supervised``: means of windows weigh tokens.
     refused: why there was no update, or None. rows: rows of the batch whose loss is not finite. parameters: names of
     those whose gradient is not finite.
     """
@@ -35,6 +40,7 @@ class Taken:
     sums: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     grad_norms: dict[str, float] = field(default_factory=dict)
+    halting: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
     rows: list[int] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
@@ -70,6 +76,8 @@ def gradient_step(
     tokens, targets, documents, images = tensors(batch, device)
     keys = row_keys(noise, len(tokens), device)  # for all rows at once: micro-batches must not repeat their noise
     micro, horizon = train.micro or len(tokens), train.horizon or tokens.shape[1]
+    decides = any(isinstance(module, Halting) and module.min_ticks is not None for module in model.modules())
+    inner, expected, executed = (torch.zeros((), device=device) for _ in HALTING)
 
     optimizer.zero_grad(set_to_none=True)
     total, sums, nll_by_row = torch.zeros((), device=device), dict[str, Tensor](), []
@@ -85,11 +93,17 @@ def gradient_step(
                     documents=documents[rows, columns],
                     key=keys_B if state is None else None,
                     recompute=train.recompute,
+                    trace="ticks" if decides else False,
                     **({} if images is None else {"images": images.at(rows, columns)}),
                 )
                 loss, parts = objective(output, targets_BT, train.losses)
             if loss.requires_grad:
                 (loss / supervised).backward()
+            if decides:
+                scored_BT, ticks_BT = targets_BT != IGNORE, output.trace["ticks"].to(inner)
+                inner = torch.maximum(inner, ticks_BT.max())
+                expected = expected + torch.where(scored_BT, output.trace["ponder"].to(inner), 0.0).sum()
+                executed = executed + torch.where(scored_BT, ticks_BT, 0.0).sum()
             state = detach_state(output.state)
             total = total + loss.detach()
             sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
@@ -99,10 +113,12 @@ def gradient_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     watched = {name: get_total_norm(grads).to(norm) for name, grads in _watched(model).items()}
-    measured = [*sums.values(), *watched.values(), total, norm]
+    told = dict(zip(HALTING, (inner * supervised, expected, executed), strict=True)) if decides else {}
+    measured = [*sums.values(), *watched.values(), *told.values(), total, norm]
     *numbers, whole, size = torch.stack(measured).tolist()  # the step's one synchronisation
-    grad_norms = dict(zip(watched, numbers[len(sums) :], strict=True))
-    taken = Taken(supervised, dict(zip(sums, numbers[: len(sums)], strict=True)), size, grad_norms)
+    found = iter(numbers)
+    of_sums, of_norms, of_ticks = ({name: next(found) for name in names} for names in (sums, watched, told))
+    taken = Taken(supervised, of_sums, size, of_norms, of_ticks)
     refusal: dict[str, Any] = {}
     if not math.isfinite(whole):
         terms = ", ".join(name for name, value in taken.sums.items() if not math.isfinite(value))

@@ -57,18 +57,22 @@ class Attention(Part):
         self.out = linear(width, width, gain)
 
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        batch, tokens, _ = x_BTD.shape
-        qkv = self.project(x_BTD).view(batch, tokens, -1, self.head_width)
+        q, k, v = self.heads_of(x_BTD, ctx)
+        past, state = extend(state, k, v)
+        mask = None
+        if ctx.packed or past is not None:
+            here_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+            mask = visible(past, here_T, ctx.positions_BT, state.k_BSGK.shape[1])
+        return self.out(attend(q, state.k_BSGK, state.v_BSGK, mask, causal=mask is None)), state
+
+    def heads_of(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), positions told."""
+        qkv = self.project(x_BTD).unflatten(-1, (-1, self.head_width))
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.rope_base is not None:
             qk = rotate(qk.transpose(1, 2), ctx.positions_BT, self.rope_base).transpose(1, 2)
         q, k = qk.split((self.heads, self.kv_heads), dim=2)
-        past, state = extend(state, k, v)
-        mask = None
-        if ctx.packed or past is not None:
-            here_T = torch.arange(tokens, device=x_BTD.device)
-            mask = visible(past, here_T, ctx.positions_BT, state.k_BSGK.shape[1])
-        return self.out(attend(q, state.k_BSGK, state.v_BSGK, mask, causal=mask is None)), state
+        return q, k, v
 
     def init_state(
         self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype, ticks: int | None
@@ -133,6 +137,12 @@ def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tensor | None, 
     mask: boolean (B, 1, Q, S), None for none; every query must see a key. causal: query i sees keys 0..i.
     """
     shared = q_BQHK.shape[2] // k_BSGK.shape[2]
+    if shared > 1 and q_BQHK.shape[1] == 1:
+        # Decoding: the query heads of one key/value head are as many queries of it, so nothing need be copied for them.
+        q_BGHK = q_BQHK.squeeze(1).unflatten(1, (-1, shared))
+        return F.scaled_dot_product_attention(
+            q_BGHK, k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2), attn_mask=mask
+        ).flatten(1)[:, None]
     k, v = (x if shared == 1 else x.repeat_interleave(shared, dim=2) for x in (k_BSGK, v_BSGK))
     y = F.scaled_dot_product_attention(
         q_BQHK.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal
