@@ -57,10 +57,10 @@ class Geometric(Halting):
         if not self.price:
             return None
         first = self.least(ticks)
-        # ln g_k by tick; k - first times (1 - 1/prior), then 1/prior.
+        # g_k is proportional to (1 - 1/prior)^(k - first); at a prior of 1 nearly all of it is at the first tick.
         stay = math.log1p(-1 / self.prior) if self.prior > 1 else -30.0
-        prior = torch.tensor([stay * (tick - first) for tick in range(first, ticks + 1)], dtype=torch.float64)
-        logs = prior.log_softmax(0).tolist()
+        whole = math.log(sum(math.exp(stay * later) for later in range(ticks - first + 1)))
+        logs = [stay * later - whole for later in range(ticks - first + 1)]
         total = torch.zeros_like(weights[0])
         for weight, log in zip(weights[first - 1 :], logs, strict=False):
             # w ln w is 0 at 0, where its slope is not finite: a weight that small is taken as it is.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepladder.core.errors import UserError
@@ -234,6 +235,40 @@ def test_what_cannot_be_asked_is_refused():
         model(draw(V, 2, 5), model.init_state(2, 4))
     with pytest.raises(UserError, match="unknown halting policy 'actt' — did you mean 'act'"):
         spec("recursive_halting", "tiny", policy="actt")
+
+
+@pytest.mark.parametrize("policy", ["ponder", "controller", "convergence"])
+def test_training_is_one_graph_under_every_policy(policy):
+    """``act`` is what the zoo's own test compiles."""
+    torch._dynamo.reset()
+    model = build(policy=policy, ticks=3, dropout=0.1).train()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, results = torch.compile(model, backend=counter, fullgraph=True), []
+    for call in (compiled, model):
+        model.zero_grad()
+        out = call(draw(V, 2, 9), targets=draw(V, 2, 9, seed=1), key=3)
+        loss = out.nll_BT.sum() + sum(term.sum() for term in out.losses.values())
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_mixed_precision_runs_and_losses_stay_wide(policy):
+    torch.manual_seed(0)
+    model, tokens = spec("recursive_halting", "tiny", policy=policy).build(V).train(), draw(V, 2, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, targets=tokens)
+        assert {value.dtype for value in (out.nll_BT, *out.losses.values())} == {torch.float32}
+        (out.nll_BT.sum() + sum(term.sum() for term in out.losses.values())).backward()
+        with torch.no_grad():
+            model.eval()
+            for start in (None, model.init_state(2, 12)):
+                state = model(tokens, start).state
+                assert bool(model(tokens[:, :1], state).logits.isfinite().all())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 def test_a_price_shortens():
