@@ -120,3 +120,8 @@ def test_a_run_file_and_the_flags_of_a_curriculum_are_refused(tmp_path) -> None:
     path.write_text("model: transformer\n")
     with pytest.raises(UserError, match=r"run\.yaml or --alg-tasks --alg-tokens --total-tokens, not both"):
         read(path, [], FLAGS)
+
+
+def test_an_empty_list_of_tasks_is_refused():
+    with pytest.raises(UserError, match="--tasks names no task"):
+        read(None, [], {"tasks": ""})

@@ -174,7 +174,7 @@ def _open(path: str) -> Iterator[IO[bytes]]:
             yield handle
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"text source '{path}' cannot be read: {reason}") from error
+        raise UserError(f"source '{path}' cannot be read: {reason}; give the path of a sound file") from error
 
 
 def read_documents(path: str, counts: Counter[str]) -> Iterator[str]:
