@@ -246,6 +246,8 @@ def from_flags(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         return _curriculum(given, overrides)
     tasks = [{"kind": "task", "task": task} for task in str(given.get("tasks", "")).split(",") if task]
     texts = [{"kind": "text", "path": given["text"]}] if "text" in given else []
+    if "tasks" in given and not tasks:
+        raise UserError("--tasks names no task; give some, comma-separated, as in --tasks parity,copy")
     default = [{"kind": "task", "task": "copy"}] if not tasks and not texts else []
     return _small(given, tasks + texts + default, {"steps": given.get("steps", 500)})
 

@@ -123,6 +123,11 @@ def test_a_run_file_and_the_flags_of_a_curriculum_are_refused(tmp_path) -> None:
         read(path, [], FLAGS)
 
 
+def test_an_empty_list_of_tasks_is_refused():
+    with pytest.raises(UserError, match="--tasks names no task"):
+        read(None, [], {"tasks": ""})
+
+
 # Images -------------------------------------------------------------------------------------------------------------
 
 

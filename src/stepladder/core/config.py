@@ -23,6 +23,7 @@ __all__ = [
     "canonical",
     "chosen",
     "digest",
+    "leaves",
     "override",
     "points",
     "read_tree",
@@ -159,7 +160,8 @@ def _show(value: Any) -> str:
 
 
 def _summary(problems: list[_Problem], where: str) -> str:
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    others = len(problems) - 1
+    more = f" (and {others} more mistake{'s'[: others > 1]})" if others else ""
     return f"{where}: {problems[0].sentence()}{more}"
 
 
@@ -214,6 +216,8 @@ def _problems(cls: type[BaseModel], tree: Any, error: ValidationError) -> list[_
     """Pydantic's list of errors as ours: one for each place, in pydantic's order."""
     found: dict[_Path, _Problem] = {}
     for entry in error.errors(include_url=False):
+        if entry["type"] == "too_short" and len(entry["input"]) >= entry["ctx"]["min_length"]:
+            continue  # pydantic counts sound entries only; it has named the flawed ones
         path = _real_path(entry["loc"], tree, entry["type"])
         inner = entry.get("ctx", {}).get("error")
         if isinstance(inner, _NodeError):
@@ -262,6 +266,8 @@ def _translate(cls: type[BaseModel], path: _Path, entry: dict[str, Any]) -> _Pro
         return _Problem(path, "missing", "; give it a value")
     for pattern, replacement in _WORDING:
         message = re.sub(pattern, replacement, message)
+    if sort == "tuple_type":  # written as a list in every file
+        message = "must be a list" + (f", such as [{value}]" if isinstance(value, str | int | float) else "")
     if sort == "literal_error" and isinstance(value, str):
         message += did_you_mean(value, re.findall(r"'([^']*)'", message))
     return _Problem(path, "value", message, value)
@@ -298,6 +304,14 @@ def override(tree: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
             raise UserError(f"'{assignment}' is not an override; write path=value, such as model.width=256")
         changes.append((parts, parse_yaml(value, f"override '{assignment}'")))
     return _assign(tree, changes)
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """The scalars of a plain tree by their dotted paths, ``data.sources.0.weight``; what is empty has none."""
+    if not isinstance(tree, dict | list):
+        return {path: tree}
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {p: v for name, child in inside for p, v in leaves(child, f"{path}.{name}" if path else str(name)).items()}
 
 
 def points(tree: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

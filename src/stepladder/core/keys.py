@@ -107,3 +107,8 @@ def permute(secret: Key, size: int, positions: np.ndarray) -> np.ndarray:
         values[pending] = (left << np.uint64(half)) | right
         pending = values >= np.uint64(size)
     return values.astype(np.int64)
+
+
+def hash64(text: str) -> int:
+    """64 bits of a text's SHA-256: equal texts are told by it, whatever the process or the platform."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from stepladder.core.errors import UserError
@@ -45,8 +45,8 @@ class Registry(Generic[T]):
         """The canonical name behind a name or an alias; a wrong one raises UserError with the nearest known."""
         name = self._aliases.get(name, name)
         if name not in self._entries and name not in self._lazy:
-            known = sorted({*self._entries, *self._aliases, *self._lazy})
-            hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+            hint = did_you_mean(name, {**self._entries, **self._aliases, **self._lazy})
+            hint = hint or f"; known: {', '.join(self.names())}"
             raise UserError(f"unknown {self.noun} '{name}'{hint}")
         return name
 
@@ -67,7 +67,3 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All canonical names, sorted."""
         return sorted({*self._entries, *self._lazy})
-
-    def decorator(self, name: str, aliases: Iterable[str] = ()) -> Callable[[T], T]:
-        """``@registry.decorator("name")`` above a class or function."""
-        return lambda thing: self.add(name, thing, aliases)

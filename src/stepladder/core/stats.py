@@ -224,15 +224,8 @@ def proportion_stderr(successes: float, trials: int) -> float:
     return math.sqrt(max(share * (1 - share), 0.0) / trials)
 
 
-def mean_stderr(values: Sequence[float] | np.ndarray) -> float:
-    """Standard error of a mean of independent values; nan for fewer than two."""
-    values = np.asarray(values, dtype=np.float64)
-    return math.nan if values.size < 2 else float(values.std(ddof=1)) / math.sqrt(values.size)
-
-
 def ratio_stderr(tops: np.ndarray, bottoms: np.ndarray) -> float:
-    """Standard error of sum(tops) / sum(bottoms) over independent items (delta method): nats per byte,
-    say."""
+    """Standard error of sum(tops) / sum(bottoms) over independent items (delta method): nats per byte, say."""
     tops, bottoms = np.asarray(tops, dtype=np.float64), np.asarray(bottoms, dtype=np.float64)
     if tops.size < 2:
         return math.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from abc import abstractmethod
@@ -16,7 +15,7 @@ from pydantic import model_validator
 
 from stepladder.core.config import Field, Kinded, register
 from stepladder.core.errors import UserError
-from stepladder.core.keys import Key, below, key
+from stepladder.core.keys import Key, below, hash64, key
 from stepladder.core.registry import Registry
 from stepladder.data.dice import GOLDEN, Dice, mix
 
@@ -295,7 +294,7 @@ class Task(Kinded):
 
     @cached_property
     def _salt(self) -> int:
-        return int.from_bytes(hashlib.sha256(self.kind.encode()).digest()[:8])
+        return hash64(self.kind)
 
     @model_validator(mode="before")
     @classmethod

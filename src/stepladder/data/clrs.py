@@ -11,7 +11,6 @@ for all gives algorithms of like inputs the same ones; no question twice; a boun
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib
 import itertools
 import json
@@ -33,7 +32,7 @@ from pydantic import field_validator
 
 from stepladder.core.config import Config, Field, validate
 from stepladder.core.errors import UserError
-from stepladder.core.keys import key
+from stepladder.core.keys import hash64, key
 from stepladder.core.registry import did_you_mean
 from stepladder.data.corpora import read_rows
 
@@ -140,7 +139,7 @@ def generate(
     if not out.name.removesuffix(".gz").endswith(".jsonl"):
         raise UserError(f"'{out}' must end in .jsonl or .jsonl.gz")
     _package()
-    seen = {_hash(question) for file in exclude for question in _questions(str(file))}
+    seen = {hash64(question) for file in exclude for question in _questions(str(file))}
     counts = dict.fromkeys(config.cells(), 0)
     left_out = {"repeated": 0, "too_long": 0}
     with _replacing(out) as file:
@@ -185,7 +184,7 @@ def _texts(config: ClrsText, seen: set[int], left_out: dict[str, int]) -> Iterat
             question, answer = example(name, length, config.seed, index, config.hints)
             if len(question) + len(answer) > config.max_chars:
                 left_out["too_long"] += 1
-            elif (number := _hash(question)) in seen:
+            elif (number := hash64(question)) in seen:
                 left_out["repeated"] += 1
             else:
                 seen.add(number)
@@ -208,10 +207,6 @@ def _questions(file: str) -> Iterator[str]:
         if not isinstance(row.get("question"), str):
             raise UserError(f"'{file}', line {number}: must have a 'question' that is a string")
         yield row["question"]
-
-
-def _hash(question: str) -> int:
-    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8])
 
 
 @contextmanager

@@ -32,6 +32,7 @@ import numpy as np
 
 from stepladder.core.config import digest
 from stepladder.core.errors import UserError
+from stepladder.core.keys import hash64
 
 PYDOC = "pydoc"
 RULES = 1  # raise with every change of the rules: cached tokens then go out of use
@@ -135,7 +136,7 @@ class _Walk:
 
 
 def _walk(path: str, counts: Counter[str]) -> _Walk:
-    found = [(_hash(t), _hash(normalise(t)), len(t)) for t in read_documents(path, counts)]
+    found = [(hash64(t), hash64(normalise(t)), len(t)) for t in read_documents(path, counts)]
     if not found:
         raise UserError(f"text source '{path}' has no document with any text in it; give another file")
     exact, normalised, sizes = zip(*found, strict=True)
@@ -150,10 +151,6 @@ def source_name(path: str) -> str:
 def normalise(text: str) -> str:
     """A document without its accidents: lower case, every run of white space one space."""
     return " ".join(text.casefold().split())
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def content(path: str) -> str:
@@ -174,7 +171,7 @@ def _open(path: str) -> Iterator[IO[bytes]]:
             yield handle
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"text source '{path}' cannot be read: {reason}") from error
+        raise UserError(f"source '{path}' cannot be read: {reason}; give the path of a sound file") from error
 
 
 def read_documents(path: str, counts: Counter[str]) -> Iterator[str]:

@@ -11,7 +11,6 @@ A held-out question is asked once, however often it occurs.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import string
 from array import array
@@ -25,7 +24,7 @@ import numpy as np
 
 from stepladder.core.config import digest
 from stepladder.core.errors import UserError
-from stepladder.core.keys import key, permute
+from stepladder.core.keys import hash64, key, permute
 from stepladder.data.base import Examples, Sizes, codes
 from stepladder.data.corpora import clean, content, normalise, read_at, read_placed
 
@@ -143,9 +142,9 @@ def _walk(files: Sequence[str], templates: Templates, cells: Cells) -> _Columns:
     for number, file in enumerate(files):
         for line, byte, entry in read_placed(file):
             question, answer, group, size, _ = _pair(file, line, entry, templates)
-            exact, plain = _hash(question), normalise(question)
+            exact, plain = hash64(question), normalise(question)
             cell = cells.setdefault((group, size), len(cells))
-            row = (number, line, byte, exact, exact if plain == question else _hash(plain), _hash(answer), cell)
+            row = (number, line, byte, exact, exact if plain == question else hash64(plain), hash64(answer), cell)
             for column, value in zip(found, (*row, len(question) + len(answer)), strict=True):
                 column.append(value)
     return _Columns(*map(np.asarray, found))
@@ -356,7 +355,3 @@ def _text(template: str, row: Mapping[str, Any], place: str) -> str:
         raise UserError(f"pairs {place}: '{template}' asks for {error}, the line has {has}") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"pairs {place}: '{template}' cannot be filled in ({error})") from error
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

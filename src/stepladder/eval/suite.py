@@ -143,7 +143,7 @@ def evaluate(
     config, a task that the run does not have, and data other than those trained on are a UserError before anything
     runs or is cleared. The model, its mode and torch's generators are as before.
     """
-    chosen = _chosen(names)
+    chosen = selected(names)
     out = loaded.path.parent.parent if out_dir is None else Path(out_dir)
     config = validate(EvalConfig, (config or loaded.run.eval).model_dump(), "eval")
     stream = _stream(loaded, chosen)
@@ -162,7 +162,7 @@ def evaluate(
 
 def check(run: Run) -> None:
     """Raise the UserError that evaluating ``run`` would end in: an unknown suite or task, a size without items."""
-    _rehearse(run, _chosen(run.eval.suites), run.eval)
+    _rehearse(run, selected(run.eval.suites), run.eval)
     for task in _tasks(restricted(run, run.eval.tasks)):
         task.batch(run.eval.seed, "valid", np.arange(run.train.eval_samples), task.train)
 
@@ -173,8 +173,8 @@ def done(run_dir: str | Path, run: Run) -> bool:
     last = latest_checkpoint(home)
     if last is None:
         return False
-    asked = {**_asked(run.eval), "run": run.hash(), "step": int(read_state(last)["step"])}
-    return all(_holds(home, name, asked) for name in _chosen(run.eval.suites))
+    asked = {**decisive(run.eval), "run": run.hash(), "step": int(read_state(last)["step"])}
+    return all(_holds(home, name, asked) for name in selected(run.eval.suites))
 
 
 def _holds(home: Path, name: str, asked: dict[str, Any]) -> bool:
@@ -189,7 +189,8 @@ def _holds(home: Path, name: str, asked: dict[str, Any]) -> bool:
     return same and found.get("records") == len(read_lines(records))
 
 
-def _chosen(names: Sequence[str]) -> list[str]:
+def selected(names: Sequence[str]) -> list[str]:
+    """The suites that ``names`` (aliases, "all") mean, by their own names, once each."""
     return SUITES.names() if "all" in names else list(dict.fromkeys(map(SUITES.name, names)))
 
 
@@ -304,7 +305,7 @@ def _run(entry: Suite, job: Job, meta: dict[str, Any], out: Path) -> dict[str, A
     return results
 
 
-def _asked(config: EvalConfig) -> dict[str, Any]:
+def decisive(config: EvalConfig) -> dict[str, Any]:
     """What of the config decides the numbers, as it stands in the results."""
     return {
         "seed": config.seed,
@@ -323,7 +324,7 @@ def _asked(config: EvalConfig) -> dict[str, Any]:
 def _meta(loaded: Loaded, config: EvalConfig) -> dict[str, Any]:
     model = loaded.model
     return {
-        **_asked(config),
+        **decisive(config),
         "model": loaded.run.model.kind,
         "params": sum(p.numel() for p in model.parameters()),
         "weights": weights_digest(model),

@@ -21,11 +21,12 @@ import stepladder.eval  # noqa: F401  (registers the suites)
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
 from stepladder.data.sources import TaskSource
-from stepladder.eval.suite import SUITES
-from stepladder.experiments.ladder import Ladder, Rung, leaves
+from stepladder.eval.suite import check, decisive, selected
+from stepladder.experiments.ladder import Ladder, Rung
 from stepladder.experiments.race import race
 from stepladder.run import EvalConfig, Run, TrainConfig
 from stepladder.train import session
+from stepladder.train.request import differences
 
 GRACE = 60.0
 """Seconds that interrupted runs have to write their checkpoints."""
@@ -69,7 +70,7 @@ def climb(
     """
     home = root / ladder.name
     todo = [Job(name, planned(rung, name, seed)) for seed in ladder.seeds for name, rung in rungs.items()]
-    _suites(todo[0].run)
+    check(rungs[ladder.control].run)  # what evaluation would fail on shows before there is a folder
     with _locked(home):
         _same_ladder(home, [job.run for job in todo])
         write_json(home / "ladder.json", {**describe(ladder, rungs), "command": command})
@@ -135,16 +136,9 @@ def _same_ladder(home: Path, runs: list[Run]) -> None:
         there = Run.of(read_json(config), str(config))
         if there.hash() != run.hash():
             raise UserError(
-                f"{home} holds another climb of this ladder ({run.name} differs in {_difference(there, run)}); "
+                f"{home} holds another climb of this ladder ({run.name}: {differences(there, run)}); "
                 f"give this one another name: name={home.name}2, or move that folder"
             )
-
-
-def _difference(there: Run, run: Run) -> str:
-    """The first path in which two runs differ."""
-    ours, theirs = leaves(run.tree()), leaves(there.tree())
-    paths = (path for path in {**ours, **theirs} if path != "name" and ours.get(path) != theirs.get(path))
-    return next(paths, "its configuration")
 
 
 def describe(ladder: Ladder, rungs: dict[str, Rung]) -> dict[str, Any]:
@@ -192,20 +186,16 @@ def finished(home: Path, run: Run) -> bool:
     if read_json(summary).get("status") == "diverged":
         return True
     done = read_json(summary).get("status") == "complete"
-    return done and all(_evaluated(home / f"results_{suite}.json", suite, run.eval) for suite in _suites(run))
-
-
-def _suites(run: Run) -> list[str]:
-    """The suites that a run is evaluated on, by their own names."""
-    return SUITES.names() if "all" in run.eval.suites else [SUITES.name(suite) for suite in run.eval.suites]
+    return done and all(
+        _evaluated(home / f"results_{suite}.json", suite, run.eval) for suite in selected(run.eval.suites)
+    )
 
 
 def _evaluated(results: Path, suite: str, asked: EvalConfig) -> bool:
-    """Whether a suite came to its end, on the items that are asked for: more samples are another evaluation."""
+    """Whether a suite came to its end, of what is asked for: more samples or a temperature are another one."""
     found = read_json(results) if results.is_file() else {}
-    meta, now = found.get("meta", {}), asked.model_dump(mode="json")
-    decisive = ("seed", "samples", "text_tokens", "ticks", "lengths", "tasks", "transfer", "shots")
-    same = all(meta.get(field, now[field]) == now[field] for field in decisive)
+    meta = found.get("meta", {})
+    same = all(meta.get(field, value) == value for field, value in decisive(asked).items())
     return same and found.get("status") in _CHECKED.get(suite, _ENDS)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from stepladder.core.config import Config, Field, override, points, read_tree, validate
+from stepladder.core.config import Config, Field, leaves, override, points, read_tree, validate
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, safe_name
 from stepladder.core.registry import did_you_mean
@@ -20,13 +19,11 @@ from stepladder.models.adapters import add_adapters
 from stepladder.models.base import Cost
 from stepladder.models.weights import weights_digest
 from stepladder.models.zoo import ARCHITECTURES
-from stepladder.run import Loaded, Run, load
+from stepladder.run import BOOKKEEPING, Loaded, Run, load
 from stepladder.start import Adapters, Start
 from stepladder.train.starting import fits
 
-_BOOKKEEPING = {
-    "log_every", "eval_every", "eval_samples", "save_every", "keep", "threads", "device", "max_skips",
-}  # fmt: skip
+_BOOKKEEPING = {*BOOKKEEPING, "threads", "device", "max_skips"}
 """Fields of train that say how a run is watched and kept, not what it is: no factors."""
 
 
@@ -59,7 +56,8 @@ class Ladder(Config):
             safe_name(rung)
         for rung in (self.control, *self.floors):
             if rung not in self.rungs:
-                raise UserError(f"'{rung}' is not among the rungs{did_you_mean(rung, self.rungs)}")
+                hint = did_you_mean(rung, self.rungs) or f"; there are: {', '.join(self.rungs) or 'none'}"
+                raise UserError(f"'{rung}' is not among the rungs{hint}")
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError("a seed is listed twice; every seed is one independent run")
         return self
@@ -107,7 +105,7 @@ def expand(ladder: Ladder, cache: Path, runs: Path = Path("runs")) -> dict[str, 
 
     runs: where a ladder that this one starts from has been climbed; its models are loaded.
     """
-    control = Run.of({**ladder.run, "name": "run", "seed": 0}, f"ladder {ladder.name}")
+    control = Run.of({**ladder.run, "name": "run", "seed": 0}, f"ladder {ladder.name}, under 'run'")
     bases = {name: _bases(ladder, name, runs) for name in ladder.rungs}
     vocab = _vocab(control, bases[ladder.control], cache)
     context = control.data.sequence
@@ -256,15 +254,6 @@ def _rung(ladder: Ladder, control: Run, name: str, changes: dict[str, Any]) -> R
         return Run.of(points(tree, {path: [value] for path, value in changes.items()})[0], where)
     except UserError as error:  # the path of a rung's own, which knows no file
         raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
-
-
-def leaves(node: Any, path: str = "") -> dict[str, Any]:
-    """The values of a tree by their dotted paths."""
-    if isinstance(node, dict):
-        return dict(chain.from_iterable(leaves(v, f"{path}.{k}").items() for k, v in node.items()))
-    if isinstance(node, list):
-        return dict(chain.from_iterable(leaves(v, f"{path}.{i}").items() for i, v in enumerate(node)))
-    return {path.lstrip("."): node}
 
 
 def _factor(control: Run, run: Run, changes: dict[str, Any], name: str, is_control: bool) -> str:

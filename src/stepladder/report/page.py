@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
 from stepladder.core.files import write_atomic, write_json
-from stepladder.report import figures, halting, tables, words
+from stepladder.report import figures, halting, tables, templates, words
 from stepladder.report.evidence import Evidence, gather
 from stepladder.report.verdict import judge
 
@@ -39,13 +38,7 @@ def write(ladder_dir: str | Path) -> Path:
 
 def render(evidence: Evidence, verdict: dict[str, Any]) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stepladder", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates.environment()
     environment.filters |= {
         "level": words.level, "signed": words.signed, "number": words.number, "percent": words.percent,
         "quantity": words.quantity, "duration": words.duration, "residual": words.residual,

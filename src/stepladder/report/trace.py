@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ from safetensors.numpy import load_file
 
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_atomic
+from stepladder.report import templates
 from stepladder.report.figures import COLOURS, INK, LINE, MUTED, STYLE, svg
 from stepladder.report.words import number
 
@@ -60,20 +60,17 @@ def write(home: str | Path) -> Path:
         raise UserError(f"{home / 'trace.safetensors'}: {error}; record it again with stepladder trace") from None
     if about.get("schema") != 1 or any(len(each) != len(about["tokens"]) for each in arrays.values()):
         raise UserError(f"{home}: trace.json and trace.safetensors do not belong together; record them again")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stepladder", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     nll, ticks = arrays["nll"][:-1], arrays.get("ticks")
-    page = environment.get_template("trace.html.jinja").render(
-        about=about,
-        nll=number(float(nll.mean())),
-        mean_ticks=None if ticks is None else number(float(ticks.mean()), 2),
-        parts=_parts(arrays, about["tokens"]),
-        missing=[f"{name} {shape(each)}" for name, each in arrays.items() if each.ndim > 3],
+    page = (
+        templates.environment()
+        .get_template("trace.html.jinja")
+        .render(
+            about=about,
+            nll=number(float(nll.mean())),
+            mean_ticks=None if ticks is None else number(float(ticks.mean()), 2),
+            parts=_parts(arrays, about["tokens"]),
+            missing=[f"{name} {shape(each)}" for name, each in arrays.items() if each.ndim > 3],
+        )
     )
     write_atomic(home / "trace.html", page)
     return home / "trace.html"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder.core.config import digest
+from stepladder.core.config import digest, leaves
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json
 from stepladder.run import Run, TrainConfig, checkpoint_path, latest_checkpoint
@@ -47,7 +47,7 @@ def agree(run: Run, run_dir: Path, resume: bool, extend: bool) -> Asked:
     grown = _grown(base, run)
     if base.hash() != run.hash() and not (grown and extend):
         way = "--extend to train it for longer, or " if grown else ""
-        raise UserError(f"{run_dir} holds another run: {_differences(base, run)}; give {way}another name")
+        raise UserError(f"{run_dir} holds another run: {differences(base, run)}; give {way}another name")
     budget = {unit: getattr(base.train, unit) for unit in BUDGETS}
     base = run.model_copy(update={"name": base.name, "train": run.train.model_copy(update=budget)})
     if not (run_dir / "extension.json").exists():
@@ -90,16 +90,9 @@ def _grown(base: Run, run: Run) -> bool:
     return False
 
 
-def _differences(base: Run, run: Run) -> str:
+def differences(base: Run, run: Run) -> str:
     """The first few paths in which two runs differ, with both values."""
-    there, asked = _flat(base.decisive()), _flat(run.decisive())
+    there, asked = leaves(base.decisive()), leaves(run.decisive())
     paths = [p for p in dict.fromkeys((*asked, *there)) if there.get(p) != asked.get(p)]
     shown = [f"{path} is {there.get(path)!r} there and {asked.get(path)!r} here" for path in paths[:3]]
     return ", ".join(shown) + (f" and {len(paths) - 3} more differ" if len(paths) > 3 else "")
-
-
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        return {path: node}
-    return {p: v for name, child in items for p, v in _flat(child, f"{path}.{name}" if path else str(name)).items()}

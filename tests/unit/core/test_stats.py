@@ -214,8 +214,6 @@ def test_wilson_by_hand_and_at_the_ends():
 
 def test_standard_errors():
     assert stats.proportion_stderr(50, 100) == pytest.approx(0.05)
-    assert stats.mean_stderr([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
-    assert math.isnan(stats.mean_stderr([1.0]))
     assert math.isnan(stats.ratio_stderr(np.ones(1), np.ones(1)))
     rng = key(37, "ratio").generator()
     bytes_ = rng.integers(10, 100, (2000, 200)).astype(float)

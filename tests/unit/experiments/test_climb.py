@@ -13,7 +13,7 @@ import torch
 
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, write_json
-from stepladder.eval.suite import SUITES
+from stepladder.eval.suite import SUITES, decisive
 from stepladder.experiments import climb as climbing
 from stepladder.experiments.ladder import expand, read
 from stepladder.report.evidence import gather
@@ -84,7 +84,9 @@ def test_hashes_of_all_runs_are_declared_and_finished_runs_are_left_alone(go):
 def test_another_climb_of_one_name_is_refused_before_anything_is_written(go):
     home, _ = go()
     before = (home / "ladder.json").read_bytes()
-    with pytest.raises(UserError, match=r"first holds another climb .* \(plain-s0 differs in train.lr\).*name=first2"):
+    with pytest.raises(
+        UserError, match=r"first holds another climb .* \(plain-s0: train.lr is 0.003 there and 0.5 here\).*name=first2"
+    ):
         go(overrides=["run.train.lr=0.5"])
     assert (home / "ladder.json").read_bytes() == before
 
@@ -146,21 +148,28 @@ def test_finished_means_evaluated_to_the_end_on_every_suite(tmp_path, suites, re
     assert climbing.finished(tmp_path / "run", run) is expected
 
 
-def test_more_samples_are_another_evaluation(tmp_path):
+@pytest.mark.parametrize("other", [{"samples": 10}, {"temperature": 0.5}, {"max_new_tokens": 3}])
+def test_other_items_or_another_decoding_are_another_evaluation(tmp_path, other):
     path = tmp_path / "ladder.json"
     path.write_text(json.dumps({**LADDER, "run": {**LADDER["run"], "eval": {"suites": ["algorithmic"], "samples": 9}}}))
     run = expand(read(path, []), tmp_path)["plain"].run
     write_json(tmp_path / "run" / "summary.json", {"status": "complete", "hash": run.hash()})
-    results = {"status": "complete", "meta": {"samples": 9}}
+    results = {"status": "complete", "meta": decisive(run.eval)}
     write_json(tmp_path / "run" / "results_algorithmic.json", results)
     assert climbing.finished(tmp_path / "run", run)
-    more = run.model_copy(update={"eval": run.eval.model_copy(update={"samples": 10})})
+    more = run.model_copy(update={"eval": run.eval.model_copy(update=other)})
     assert not climbing.finished(tmp_path / "run", more)
 
 
 def test_an_unknown_suite_is_refused_before_anything_is_written(go):
     with pytest.raises(UserError, match="algorithmic"):
         go(overrides=["run.eval.suites=[algoritmic]"])
+    assert not go.home.exists()
+
+
+def test_what_an_evaluation_would_fail_on_is_refused_before_anything_is_written(go):
+    with pytest.raises(UserError, match=r"eval.tasks: 'copy' is no task of this run"):
+        go(overrides=["run.eval.tasks=[copy]"])
     assert not go.home.exists()
 
 

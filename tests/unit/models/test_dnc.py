@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepladder.models.addressing import EPS, TINY
 from stepladder.models.kernels.dnc_forms import Allot
-from stepladder.models.mixers.addressing import EPS, TINY
 from stepladder.models.mixers.dnc import allocation, link
 from stepladder.models.zoo import spec
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepladder.core.errors import UserError
-from stepladder.models.mixers.addressing import EPS, TINY, content, rotate, sharpen
+from stepladder.models.addressing import EPS, TINY, content, rotate, sharpen
 from stepladder.models.zoo import spec
 
 FIELDS = {"inner": 5, "slots": 6, "slot_width": 4, "read_heads": 2, "write_heads": 2, "shift": 2}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stepladder.models.addressing import TINY
 from stepladder.models.kernels.heads import softplus_slope
-from stepladder.models.mixers.addressing import TINY
 
 
 class Given(NamedTuple):

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepladder.models.mixers.addressing import EPS
+from stepladder.models.addressing import EPS
 
 softmax_slope = torch.ops.aten._softmax_backward_data.out
 """(gradient of y, y, axis, dtype, grad_input): the gradient of x where y = softmax x. All arrays contiguous."""
 
 
 class Compare:
-    """softmax over slots of strength x cosine(key, slot), for Q heads: mixers.addressing.content.
+    """softmax over slots of strength x cosine(key, slot), for Q heads: models.addressing.content.
 
     It holds the arrays that a token needs; ``forward`` or ``back`` is called token after token.
     """

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stepladder.models.addressing import TINY
 from stepladder.models.kernels.heads import Compare, softmax_slope, softplus_, softplus_slope
 from stepladder.models.kernels.loop import Loop, before, some_rows, stepwise
 from stepladder.models.kernels.lstm import Cell
-from stepladder.models.mixers.addressing import TINY
 
 
 @dataclass(frozen=True)

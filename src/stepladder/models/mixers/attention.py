@@ -44,11 +44,9 @@ class Attention(Part):
 
     def __init__(self, width: int, heads: int, kv_heads: int, rope_base: float | None, gain: float) -> None:
         super().__init__()
-        if width % heads or heads % kv_heads:
-            raise UserError(
-                f"{heads} heads do not divide width {width}, or {kv_heads} key/value heads do not divide {heads} "
-                "heads; choose divisors"
-            )
+        for parts, what, whole in ((heads, "heads", f"width {width}"), (kv_heads, "key/value heads", f"{heads} heads")):
+            if (width if what == "heads" else heads) % parts:
+                raise UserError(f"{parts} {what} do not divide {whole}; choose a divisor")
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads
         if rope_base is not None and self.head_width % 2:
             raise UserError(f"rotary positions need an even head width, not {width}/{heads}; change width or heads")

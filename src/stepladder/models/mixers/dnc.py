@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepladder.models.addressing import TINY, content
 from stepladder.models.base import Context, Cost, Part, State, map_state
 from stepladder.models.kernels import dnc as kernel
-from stepladder.models.layers import linear
-from stepladder.models.mixers.addressing import TINY, content
-from stepladder.models.mixers.lstm import Scan, cell, gate_bias, no_autocast, zeros
+from stepladder.models.layers import linear, no_autocast
+from stepladder.models.mixers.lstm import Scan, cell, gate_bias, zeros
 
 
 @dataclass(frozen=True)

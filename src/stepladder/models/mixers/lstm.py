@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from stepladder.models.base import Context, Cost, Part, State
 from stepladder.models.kernels import lstm as kernel
-from stepladder.models.layers import linear
+from stepladder.models.layers import linear, no_autocast
 
 Scan = Literal["fused", "naive"]
 """Which implementation of one function runs."""
@@ -123,9 +122,3 @@ def zeros(
     """Zeros (B, *shape) in float32 or wider: what recurrences are summed in."""
     wide = torch.promote_types(dtype, torch.float32)
     return tuple(torch.zeros(batch, *shape, device=device, dtype=wide) for shape in shapes)
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Products inside a recurrence stay in float32 whatever the other products are made in."""
-    # "meta", where shapes are worked out, knows no autocast; asking torch which devices do breaks compiled graphs.
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

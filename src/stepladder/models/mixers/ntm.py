@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
+from stepladder.models.addressing import content, rotate, sharpen
 from stepladder.models.base import Context, Cost, Part, State
 from stepladder.models.kernels import ntm as kernel
-from stepladder.models.layers import linear
-from stepladder.models.mixers.addressing import content, rotate, sharpen
-from stepladder.models.mixers.lstm import Scan, cell, gate_bias, no_autocast, zeros
+from stepladder.models.layers import linear, no_autocast
+from stepladder.models.mixers.lstm import Scan, cell, gate_bias, zeros
 
 
 @dataclass(frozen=True)

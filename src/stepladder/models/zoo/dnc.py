@@ -22,7 +22,7 @@ class DifferentiableNeuralComputer(Macro):
 
     Source: Graves et al., 2016, "Hybrid computing using a neural network with dynamic external memory". Differs from it
     in: the memory starts at learned values, different for every slot, so that no two slots are used equally by accident
-    (the order of equally used slots is arbitrary, and hangs on rounding); norms are safe at 0 (mixers.addressing); the
+    (the order of equally used slots is arbitrary, and hangs on rounding); norms are safe at 0 (models.addressing); the
     heads are told by a map of h with a bias; one LSTM layer, no skip connections; initial scales of this house. The
     ancestor (spec "vectur", 3.3) called its neural Turing machine by this name.
     """

@@ -31,7 +31,7 @@ class NeuralTuringMachine(Macro):
 
     Source: Graves, Wayne & Danihelka, 2014, "Neural Turing machines", with a controller that is an LSTM. Differs
     from it in: what is added to a slot goes through tanh, so that slots stay bounded; norms and sharpening are safe
-    at 0 (mixers.addressing); the controller's h, c and first reads start at 0, memory and weights at learned values;
+    at 0 (models.addressing); the controller's h, c and first reads start at 0, memory and weights at learned values;
     initial scales of this house. Repairs its ancestor (spec "vectur", 3.3), whose controller never heard what was
     read.
     """
