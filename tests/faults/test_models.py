@@ -88,9 +88,10 @@ def test_T2_no_gradient_flows_between_rows(name):
 
 
 AFTER_A_DETACHED_READER = {
-    # act's halting head reads its hidden state detached (the page docs/thoughts.md says why), so what comes before it
+    # Halting heads read their hidden state detached (the page docs/thoughts.md says why), so what comes before one
     # has, on purpose, not the slope of the loss. The head itself and all that comes after it have.
     "act": ("core.halting.", "core.gate", "core.reader_norm.", "core.read.", "coda.", "norm.", "head."),
+    "recursive_halting": ("core.halting.", "core.norm_out.", "head."),
 }
 
 
@@ -99,7 +100,17 @@ AFTER_A_DETACHED_READER = {
 @pytest.mark.parametrize("packed", [False, True])
 def test_T4_gradients_are_finite_differences(name, length, packed):
     """By all parameters, through a carried state: the last third of the sequence is a second chunk."""
-    model, stream = build(name), tokens_of(2, length + 1)
+    slopes_are_differences(build(name), AFTER_A_DETACHED_READER.get(name, ("",)), length, packed)
+
+
+@pytest.mark.parametrize("policy", ["fixed", {"kind": "convergence", "threshold": 0.3}], ids=["fixed", "convergence"])
+def test_T4_a_body_without_a_halting_head_has_all_of_its_slope(policy):
+    slopes_are_differences(build("recursive_halting", policy=policy), ("",), 65, True)
+
+
+def slopes_are_differences(model, exact, length, packed):
+    """By the parameters whose names begin with one of ``exact``."""
+    stream = tokens_of(2, length + 1)
     tokens, targets = stream[:, :-1], stream[:, 1:]  # not contiguous
     documents = torch.arange(length).expand(2, -1) // 5 if packed else None
     cut = max(1, 2 * length // 3)
@@ -113,7 +124,6 @@ def test_T4_gradients_are_finite_differences(name, length, packed):
         return total
 
     likelihood().backward()
-    exact = AFTER_A_DETACHED_READER.get(name, ("",))
     parameters = [p for n, p in model.named_parameters() if n.startswith(exact)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

@@ -120,6 +120,7 @@ class LanguageModel(nn.Module):
         if targets is not None:
             self._lessons(targets, sink)
         logits = None if targets is not None else self.head.logits(_at(h_BTD, logits_at))
+        sink.asked.clear()  # what is left of it holds this very sink: memory would wait for the garbage collector
         sink.open = False
         after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda)
         return Output(logits, nll_BT, after, sink.losses, sink.trace or {})

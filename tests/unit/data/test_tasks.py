@@ -161,7 +161,8 @@ def test_docstring_draws_examples(task):
 
 
 def test_no_alphabet_has_a_letter_in_both_cases():
-    symbols = set("".join(TASKS.get(name).alphabet for name in TASKS.names()))
+    ours = [TASKS.get(name) for name in TASKS.names() if TASKS.get(name).__module__.startswith("stepladder.")]
+    symbols = set("".join(task.alphabet for task in ours))
     assert len({symbol.casefold() for symbol in symbols}) == len(symbols)
 
 
