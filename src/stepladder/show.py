@@ -136,7 +136,7 @@ def _is_loop(module: nn.Module) -> bool:
 def hops(command: Callable[..., Any]) -> list[str]:
     """The five hops from the command line's ``command`` to the gradient, with file and line."""
     chain: list[tuple[str, Callable[..., Any]]] = [
-        ("cli.train", command),
+        ("cli.runs.train", command),
         ("train.session.train", session.train),
         ("train.loop.fit", loop.fit),
         ("train.step.gradient_step", step.gradient_step),

@@ -91,6 +91,16 @@ class LessonsAveragedOverTime(Recursive):
             super()._lessons(nll_KBT.mean(-1, keepdim=True).expand_as(nll_KBT), states, progress, ctx)
 
 
+@breaks(rows="loss 'ponder' moved by .*half of the targets not scored")
+class FreeWhereNothingIsScored(Recursive):
+    """Ticks cost nothing at tokens that are not scored, though their price has nothing to do with a target."""
+
+    class Core(RecursiveHalting):
+        def _lessons(self, nll_KBT, states, progress, ctx):
+            super()._lessons(nll_KBT, states, progress, ctx)
+            ctx.add_loss("ponder", -torch.where(nll_KBT[0] == 0, ctx.sink.losses["ponder"], 0.0))
+
+
 @breaks(reach="get no gradient in 5 batches: core.halting")
 class HeadThatWeighsNothing(Recursive):
     """The halting mass weighs no output and the price is a number: the head never learns (the ancestors' S7)."""

@@ -39,7 +39,7 @@ def _in_chunks(
         state = seen.state
         parts.append(seen)
     joined = {name: torch.cat([part.named[name] for part in parts], dim=1) for name in parts[0].named}
-    return Seen(joined, parts[-1].state)
+    return Seen(joined, parts[-1].state, parts[0].taught)
 
 
 def _whole_is_chunks(subject: Subject, mode: Mode, ticks: int | None, packed: bool, meter: Meter) -> None:

@@ -26,10 +26,14 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Seen:
-    """All that one call shows: logits (B, T, V), nll and every named loss (B, T), and the state after it."""
+    """All that one call shows: logits (B, T, V), nll and every named loss (B, T), and the state after it.
+
+    taught: which of the losses are there only where targets are given.
+    """
 
     named: dict[str, Tensor]
     state: ModelState
+    taught: frozenset[str]
 
     def at(self, *index: Any) -> dict[str, Tensor]:
         """The results at an index of (batch, time)."""
@@ -46,7 +50,7 @@ def observe(model: LanguageModel, tokens_BT: Tensor, targets_BT: Tensor, **call:
         if value.shape != tokens_BT.shape:
             raise Violation(f"loss '{name}' has shape {tuple(value.shape)}, not one number a token")
         named[f"loss '{name}'"] = value
-    return Seen(named, plain.state)
+    return Seen(named, plain.state, frozenset(f"loss '{name}'" for name in scored.losses.keys() - plain.losses.keys()))
 
 
 @dataclass

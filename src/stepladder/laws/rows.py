@@ -50,8 +50,8 @@ def _padding_does_not_matter(subject: Subject, mode: Mode, meter: Meter) -> None
     unscored[0] = True  # a row that is nothing but padding scores 0, not NaN
     seen = observe(mode.model, tokens, targets.masked_fill(unscored, IGNORE), key=keys)
     want = {**base.named, "nll": base.named["nll"].masked_fill(unscored, 0.0)}
-    # A named loss is as it was; one that needs the target may be 0 where there is none, and there only.
-    for name in want.keys() - {"logits", "nll"}:
+    # A named loss is as it was. Only one that a call without targets does not have may be 0 where there is no target.
+    for name in base.taught:
         want[name] = want[name].masked_fill(unscored & (seen.named[name] == 0), 0.0)
     meter.close(seen.named, want, f"half of the targets not scored, {mode.label}")
     rest = subject.tokens(ROWS, 4, "rows", "rest")
