@@ -169,12 +169,12 @@ def test_show_and_list_print_what_there_is(stepladder):
 
 
 def test_an_interrupted_command_says_so(monkeypatch, capsys):
-    from stepladder import cli
+    from stepladder import cli, plugins
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.plugins, "load", stop)
+    monkeypatch.setattr(plugins, "load", stop)
     monkeypatch.setattr(sys, "argv", ["stepladder", "list"])
     with pytest.raises(SystemExit) as caught:
         cli.main()
