@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.segment import Segment, Segments
-from rich.style import Style
 from typer.core import TyperGroup
 
 from stepladder import plugins
 from stepladder.core.errors import UserError
-from stepladder.terminal import console, hold, listed, load, print_results, print_rows, print_verdict, progress, say
+from stepladder.terminal import (
+    console,
+    hold,
+    listed,
+    load,
+    print_answers,
+    print_results,
+    print_rows,
+    print_verdict,
+    progress,
+    say,
+    write_answers,
+)
 
 if TYPE_CHECKING:
     from stepladder.run import Run
@@ -140,29 +150,27 @@ def evaluate_run(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="directory of a run")],
-    prompts: Annotated[list[str], typer.Argument(help="prompts to continue")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="prompts to continue")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=".txt, or .jsonl with options of its own a line")] = None,
     max_new: Annotated[int, typer.Option(min=1, help="longest continuation in tokens")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 = greedy")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k likeliest")] = None,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="sample within this mass")] = 1.0,
     seed: Annotated[int, typer.Option(help="key of the sampling")] = 0,
     ticks: Ticks = None,
+    show_ticks: Annotated[bool, typer.Option("--show-ticks", help="colour tokens by the ticks they took")] = False,
+    html: Annotated[Path | None, typer.Option(help="page with tokens coloured by the ticks they took")] = None,
+    out: Annotated[Path | None, typer.Option(help="file for all there is to know, as JSON lines")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Continue prompts with a trained run."""
     loaded = load(run, plugin)
-    from stepladder.eval.decode import continue_texts
+    from stepladder.eval.prompts import answers, read
 
     options: dict[str, Any] = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    texts = continue_texts(loaded, prompts, key=seed, ticks=ticks, **options)
-    for prompt, found in zip(prompts, texts, strict=True):
-        # Segments go out as they are: no wrapping, no markup, no emoji, tabs stay tabs.
-        parts = [
-            Segment(prompt, Style(bold=True)),
-            Segment(found.text),
-            Segment(f"  ({found.stop})\n", Style(dim=True)),
-        ]
-        console.print(Segments(parts), soft_wrap=True, end="")
+    found = answers(loaded, read(texts or (), prompts, {**options, "seed": seed, "ticks": ticks}))
+    print_answers(found, show_ticks)
+    write_answers(loaded, found, html, out)
 
 
 @app.command()
