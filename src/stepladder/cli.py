@@ -24,6 +24,7 @@ from stepladder.terminal import (
     progress,
     say,
     write_answers,
+    write_svg,
 )
 
 if TYPE_CHECKING:
@@ -364,6 +365,48 @@ def show(
     for part in (showing.fields(chosen.kind, type(chosen)), costs, showing.layers(chosen, vocab, ticks)):
         console.print(part)
     say("\n".join(showing.hops(train)))
+
+
+@app.command()
+def draw(
+    name: Annotated[str, typer.Argument(help="architecture")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="fields, such as width=256", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: NAME.svg")] = None,
+    autograd: Annotated[bool, typer.Option("--autograd", help="the graph of a backward pass, at tiny size")] = False,
+    size: Annotated[str | None, typer.Option(help="named size")] = None,
+    vocab: Annotated[int, typer.Option(min=4, help="vocabulary")] = 259,
+    context: Annotated[int, typer.Option(min=1, help="context length of the FLOPs")] = 1024,
+    ticks: Ticks = None,
+    plugin: Plugins = None,
+) -> None:
+    """Draw an architecture as SVG: its parts with shapes, parameters, FLOPs and loops; or its autograd graph."""
+    plugins.load(plugin or ())
+    from stepladder import diagram
+    from stepladder.core.config import override
+    from stepladder.experiments.match import sized
+
+    chosen = sized(name, "tiny" if autograd and size is None else size, vocab, **override({}, overrides or []))
+    write_svg(
+        out or Path(f"{name}.svg"),
+        diagram.autograd(chosen, ticks) if autograd else diagram.modules(chosen, vocab, context, ticks),
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    onnx: Annotated[Path, typer.Option(help="file for one decode step with explicit state")],
+    batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    capacity: Annotated[int, typer.Option(min=1, help="tokens that a state can hold")] = 1024,
+    ticks: Ticks = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a trained run's decode step as ONNX."""
+    loaded = load(run, plugin)
+    from stepladder.export import onnx as exporter
+
+    exporter.export(loaded.run.model, loaded.model, onnx, batch=batch, capacity=capacity, ticks=ticks)
+    say(f"written: {onnx}, {exporter.start_of(onnx)}, {onnx}.json")
 
 
 def _carry_out(run: Run, runs: Path, extend: bool, evaluate: bool, quiet: bool) -> None:

@@ -133,6 +133,15 @@ def write_answers(loaded: Loaded, answers: list[dict[str, Any]], html: Path | No
         say(f"page: {samples.write(answers, about, html)}")
 
 
+def write_svg(file: Path, what: dict[str, Any]) -> None:
+    """Write the drawing of ``stepladder.diagram``'s data."""
+    from stepladder.core.files import write_atomic
+    from stepladder.report import diagram
+
+    write_atomic(file, diagram.autograd(what) if "edges" in what else diagram.modules(what))
+    say(f"drawing: {file}")
+
+
 def print_verdict(page: Path) -> None:
     """The verdicts beside a written page."""
     from stepladder.core.files import read_json

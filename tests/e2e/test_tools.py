@@ -1,5 +1,6 @@
 """Samples, drawings and exports from the command line, on a run that was just trained."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,3 +39,25 @@ def test_samples_of_a_file_are_shown_and_written(call, tmp_path):
     code, _, err, _ = call("sample", "runs/run")
     assert code == 2
     assert "nothing to continue" in err
+
+
+def test_architectures_are_drawn(call):
+    code, out, err, home = call("draw", "shared_loop", "depth=2", "--ticks", "5", "--out", "loop.svg")
+    assert (code, out.strip()) == (0, "drawing: loop.svg"), err
+    assert "5 ticks" in (home / "loop.svg").read_text()
+    assert call("draw", "ssm", "--autograd")[0] == 0
+    assert "backward pass" in (home / "ssm.svg").read_text()
+    code, _, err, _ = call("draw", "transfomer")
+    assert code == 2
+    assert "did you mean 'transformer'" in err
+
+
+def test_a_run_is_exported_or_says_what_it_needs(call):
+    code, out, err, home = call("export", "runs/run", "--onnx", "step.onnx", "--capacity", "16")
+    if importlib.util.find_spec("onnx") is None:
+        assert code == 2
+        assert "pip install 'stepladder[onnx]'" in err
+        assert not (home / "step.onnx").exists()
+    else:
+        assert code == 0, err
+        assert json.loads((home / "step.onnx.json").read_text())["capacity"] == 16

@@ -175,16 +175,16 @@ class Graph(Part):
         for node in ordered(nodes):
             part = node.part.build(width, gain)
             if part is not None:
-                self.parts[_key(node.name)] = Branch(width, part, dropout)
+                self.parts[self.key(node.name)] = Branch(width, part, dropout)
 
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         values: dict[str, Tensor] = {INPUT: x_BTD}
         after: list[State] = []
         for name, inputs in self.nodes:
             y_BTD = reduce(add, (values[source] for source in inputs))
-            if _key(name) in self.parts:
+            if self.key(name) in self.parts:
                 before = None if state is None else state[len(after)]
-                y_BTD, carried = apply(cast(Part, self.parts[_key(name)]), y_BTD, before, ctx)
+                y_BTD, carried = apply(cast(Part, self.parts[self.key(name)]), y_BTD, before, ctx)
                 after.append(carried)
             values[name] = y_BTD
         return y_BTD, tuple(after)
@@ -200,7 +200,7 @@ class Graph(Part):
     def _parts(self) -> list[Part]:
         return [cast(Part, part) for part in self.parts.values()]
 
-
-def _key(name: str) -> str:
-    """A node's name as a module's: those have no dots, and must not be those of a module's own."""
-    return "node_" + name.replace(".", "_dot_")
+    @staticmethod
+    def key(name: str) -> str:
+        """A node's name as a module's: those have no dots, and must not be those of a module's own."""
+        return "node_" + name.replace(".", "_dot_")
