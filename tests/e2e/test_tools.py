@@ -53,7 +53,7 @@ def test_architectures_are_drawn(call):
 
 
 def test_a_run_is_exported_or_says_what_it_needs(call):
-    code, out, err, home = call("export", "runs/run", "--onnx", "step.onnx", "--capacity", "16")
+    code, _, err, home = call("export", "runs/run", "--onnx", "step.onnx", "--capacity", "16")
     if importlib.util.find_spec("onnx") is None:
         assert code == 2
         assert "pip install 'stepladder[onnx]'" in err
