@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from stepladder.core.errors import UserError
 from stepladder.eval.decode import generate
-from stepladder.export.onnx import export
+from stepladder.export.onnx import _run, export
+from stepladder.models.base import leaves
 from stepladder.models.zoo import spec
 
 VOCAB, NEW = 31, 10
@@ -46,6 +47,7 @@ def extra():
         warnings.simplefilter("ignore")  # of packages that are not ours, at import
         pytest.importorskip("onnx", reason="needs the extra onnx")
         pytest.importorskip("onnxscript", reason="needs the extra onnx")
+        pytest.importorskip("onnxruntime", reason="needs the extra onnx")
         yield
 
 
@@ -64,6 +66,26 @@ def test_onnxruntime_writes_what_we_write(name, ticks, tmp_path):
     assert np.abs(logits - want).max() < 1e-4
     assert np.abs(logits - logits[::-1]).max() > 1e-2  # steps differ, so the state is used
     assert json.loads((tmp_path / "step.onnx.json").read_text()) == about
+
+
+@pytest.mark.parametrize("name", ["dnc", "vectur"])
+def test_architectures_that_no_graph_can_hold_are_refused(name, tmp_path):
+    """One fails in torch's exporter, the other where onnxruntime runs what the exporter wrote."""
+    with pytest.raises(UserError, match=f"'{name}' cannot be written as an ONNX graph"):
+        export(*build(name), tmp_path / "step.onnx", capacity=8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_computes_something_else_is_caught():
+    class Off:
+        def run(self, _, given):
+            out = model(torch.from_numpy(given["tokens"]), start, logits_at="last")
+            return [out.logits[:, -1].numpy() + 1e-3, *(leaf.numpy() for leaf in leaves(out.state))]
+
+    _, model = build("transformer")
+    start = model.init_state(1, 8)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"logits are 0\.001 off"):
+        _run(Off(), model, start, None)
 
 
 def test_what_cannot_be_exported_is_refused_in_one_sentence(tmp_path):

@@ -28,6 +28,10 @@ from stepladder.models.weights import save_tensors
 EXTRA = "ONNX needs packages of its own: pip install 'stepladder[onnx]' -c constraints.txt"
 
 
+TRIED, CLOSE = 4, 1e-4
+"""Tokens that are run through a graph before it is written, and how far its logits may be off (float32)."""
+
+
 class DecodeStep(nn.Module):
     """A model as a function of tensors alone: tokens (B, 1) and the leaves of a state to logits (B, V) and leaves."""
 
@@ -56,15 +60,19 @@ def export(
     In float32 on a CPU. Inputs: "tokens" int64 (batch, 1) and "state.0", "state.1", ...; outputs: "logits"
     (batch, vocab) and "next.0", ..., to be given as the state of the next token. FILE.start.safetensors has the state
     of a sequence that has not begun, by the same names; FILE.json the names, shapes and bounds. ``capacity``: tokens
-    that a state can hold; nothing refuses more outside of Stepladder, so the caller counts. A missing package and a
-    model that cannot be written as such a graph is a UserError.
+    that a state can hold; nothing refuses more outside of Stepladder, so the caller counts. The graph is
+    run and compared before anything is written: a model that cannot be such a graph, and a missing package, is a
+    UserError.
     """
     try:
         import onnx
+        import onnxruntime
         import onnxscript  # noqa: F401, torch's exporter is built on it
     except ImportError as error:
         raise UserError(EXTRA) from error
     model = plain(spec, model)
+    if capacity < TRIED:
+        raise UserError(f"capacity={capacity}: give room for at least {TRIED} tokens, which try out what is written")
     start = model.init_state(batch, capacity, ticks=ticks)
     tokens = torch.zeros(batch, 1, dtype=torch.int64)
     given = [leaf.clone() for leaf in leaves(start)]
@@ -80,7 +88,9 @@ def export(
             output_names=["logits", *(f"next.{name}" for name in names)],
             verbose=False,
         )
-    assert written is not None
+        assert written is not None
+        graph = written.model_proto
+        _run(onnxruntime.InferenceSession(graph.SerializeToString()), model, start, ticks)
     about = {
         "schema": 1,
         "architecture": spec.kind,
@@ -90,13 +100,27 @@ def export(
         "ticks": ticks,
         "state": [{"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")} for leaf in given],
     }
-    graph = written.model_proto
     onnx.helper.set_model_props(graph, {"stepladder": json.dumps(about)})
     file = Path(file)
     write_atomic(file, graph.SerializeToString())
     save_tensors({f"state.{name}": leaf for name, leaf in zip(names, given, strict=True)}, start_of(file))
     write_atomic(file.with_name(file.name + ".json"), json.dumps(about, indent=1) + "\n")
     return about
+
+
+def _run(session: Any, model: LanguageModel, state: State, ticks: int | None) -> None:
+    """Run some tokens through the graph and the model: exporters write graphs that do not run, or run otherwise."""
+    given = [leaf.numpy() for leaf in leaves(state)]
+    for step in range(TRIED):
+        tokens = (torch.arange(len(given[0])) * 5 + step * step + 1)[:, None] % model.vocab
+        out = model(tokens, state, ticks=ticks, logits_at="last")
+        assert out.logits is not None
+        names = (f"state.{place}" for place in range(len(given)))
+        logits, *given = session.run(None, {"tokens": tokens.numpy(), **dict(zip(names, given, strict=True))})
+        off = float((torch.from_numpy(logits) - out.logits[:, -1]).abs().max())
+        if not off < CLOSE:
+            raise ValueError(f"onnxruntime's logits are {off:.2g} off")
+        state = out.state
 
 
 def start_of(file: Path) -> Path:
@@ -133,7 +157,7 @@ def _refusing(name: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        why = " ".join(str(cause).split("\n")[0].split())[:160]
+        why = " ".join(str(cause).split("\n")[0].split())[:160].rstrip(" .")
         raise UserError(
             f"architecture '{name}' cannot be written as an ONNX graph ({type(cause).__name__}: {why}); "
             "run it with stepladder sample"
