@@ -1,14 +1,15 @@
-"""Commands on architectures and parts: list, show, check."""
+"""Commands on architectures and parts: list, show, draw, check."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stepladder import plugins
 from stepladder.cli.options import Plugins, Ticks
-from stepladder.cli.terminal import console, hold, listed, print_rows, say
+from stepladder.cli.terminal import console, hold, listed, print_rows, say, write_svg
 from stepladder.core.errors import UserError
 
 app = typer.Typer()
@@ -61,6 +62,31 @@ def show(
     for part in (showing.fields(chosen.kind, type(chosen)), costs, showing.layers(chosen, vocab, ticks)):
         console.print(part)
     say("\n".join(showing.hops(train)))
+
+
+@app.command()
+def draw(
+    name: Annotated[str, typer.Argument(help="architecture")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="fields, such as width=256", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: NAME.svg")] = None,
+    autograd: Annotated[bool, typer.Option("--autograd", help="the graph of a backward pass, at tiny size")] = False,
+    size: Annotated[str | None, typer.Option(help="named size")] = None,
+    vocab: Annotated[int, typer.Option(min=4, help="vocabulary")] = 259,
+    context: Annotated[int, typer.Option(min=1, help="context length of the FLOPs")] = 1024,
+    ticks: Ticks = None,
+    plugin: Plugins = None,
+) -> None:
+    """Draw an architecture as SVG: its parts with shapes, parameters, FLOPs and loops; or its autograd graph."""
+    plugins.load(plugin or ())
+    from stepladder import diagram
+    from stepladder.core.config import override
+    from stepladder.experiments.match import sized
+
+    chosen = sized(name, "tiny" if autograd and size is None else size, vocab, **override({}, overrides or []))
+    write_svg(
+        out or Path(f"{name}.svg"),
+        diagram.autograd(chosen, ticks) if autograd else diagram.modules(chosen, vocab, context, ticks),
+    )
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands on one run: train, finetune, eval, sample, trace."""
+"""Commands on one run: train, finetune, eval, sample, trace, export."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.segment import Segment, Segments
-from rich.style import Style
 
 from stepladder import plugins
 from stepladder.cli.options import Overrides, Plugins, Runs, Ticks
-from stepladder.cli.terminal import console, listed, load, print_results, say
+from stepladder.cli.terminal import listed, load, print_answers, print_results, say, write_answers
 
 if TYPE_CHECKING:
     from stepladder.run import Run
@@ -109,29 +107,27 @@ def evaluate_run(
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="directory of a run")],
-    prompts: Annotated[list[str], typer.Argument(help="prompts to continue")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="prompts to continue")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=".txt, or .jsonl with options of its own a line")] = None,
     max_new: Annotated[int, typer.Option(min=1, help="longest continuation in tokens")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 = greedy")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="sample among the k likeliest")] = None,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="sample within this mass")] = 1.0,
     seed: Annotated[int, typer.Option(help="key of the sampling")] = 0,
     ticks: Ticks = None,
+    show_ticks: Annotated[bool, typer.Option("--show-ticks", help="colour tokens by the ticks they took")] = False,
+    html: Annotated[Path | None, typer.Option(help="page with tokens coloured by the ticks they took")] = None,
+    out: Annotated[Path | None, typer.Option(help="file for all there is to know, as JSON lines")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Continue prompts with a trained run."""
     loaded = load(run, plugin)
-    from stepladder.eval.decode import continue_texts
+    from stepladder.eval.prompts import answers, read
 
     options: dict[str, Any] = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    texts = continue_texts(loaded, prompts, key=seed, ticks=ticks, **options)
-    for prompt, found in zip(prompts, texts, strict=True):
-        # Segments go out as they are: no wrapping, no markup, no emoji, tabs stay tabs.
-        parts = [
-            Segment(prompt, Style(bold=True)),
-            Segment(found.text),
-            Segment(f"  ({found.stop})\n", Style(dim=True)),
-        ]
-        console.print(Segments(parts), soft_wrap=True, end="")
+    found = answers(loaded, read(texts or (), prompts, {**options, "seed": seed, "ticks": ticks}))
+    print_answers(found, show_ticks)
+    write_answers(loaded, found, html, out)
 
 
 @app.command()
@@ -150,6 +146,23 @@ def trace(
 
     home = record(loaded, text, out or run / "trace", ticks=ticks, key=seed)
     say(f"page: {write(home)}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="directory of a run")],
+    onnx: Annotated[Path, typer.Option(help="file for one decode step with explicit state")],
+    batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    capacity: Annotated[int, typer.Option(min=1, help="tokens that a state can hold")] = 1024,
+    ticks: Ticks = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a trained run's decode step as ONNX."""
+    loaded = load(run, plugin)
+    from stepladder.export import onnx as exporter
+
+    exporter.export(loaded.run.model, loaded.model, onnx, batch=batch, capacity=capacity, ticks=ticks)
+    say(f"written: {onnx}, {exporter.start_of(onnx)}, {onnx}.json")
 
 
 def _carry_out(run: Run, runs: Path, extend: bool, evaluate: bool, quiet: bool) -> None:

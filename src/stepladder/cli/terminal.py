@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 
 from stepladder import plugins
@@ -91,6 +94,52 @@ def print_results(results: list[dict[str, Any]], quiet: bool) -> None:
 
     for table in tables(results):
         console.print(table)
+
+
+def print_answers(answers: list[dict[str, Any]], ticks: bool) -> None:
+    """Prompts and what they were continued with; with ``ticks``, token by token in the colours of their ticks.
+
+    Where there are no colours, small figures behind the tokens tell the ticks.
+    """
+    from stepladder.report.samples import count, pieces, shades
+
+    shade = {each: Style(color=s.ink, bgcolor=s.paper) for each, s in shades(answers).items()} if ticks else {}
+    small = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+    parts: list[Segment] = [Segment("ticks ")] * bool(shade)
+    parts += [Segment(f" {count(each)} ", style) for each, style in shade.items()] + [Segment("\n")] * bool(shade)
+    for answer in answers:
+        # Segments go out as they are: no wrapping, no markup, no emoji, tabs stay tabs.
+        if not shade:
+            parts += [Segment(answer["prompt"], Style(bold=True)), Segment(answer["text"])]
+        for piece, spent, new in pieces(answer) if shade else ():
+            told = "" if console.color_system or spent is None else count(spent).translate(small)
+            style = shade.get(spent, Style()) if spent is not None else Style()
+            parts.append(Segment(piece + told, style + Style(bold=new, underline=new)))
+            parts += [Segment("\n")] * (piece == "⏎")
+        parts.append(Segment(f"  ({answer['stop']})\n", Style(dim=True)))
+    console.print(Segments(parts), soft_wrap=True, end="")
+
+
+def write_answers(loaded: Loaded, answers: list[dict[str, Any]], html: Path | None, lines: Path | None) -> None:
+    """Write answers as a page of coloured tokens, as JSON lines, or both."""
+    from stepladder.core.files import write_atomic
+    from stepladder.report import samples
+
+    about = {"run": loaded.run.name, "architecture": loaded.run.model.kind, "step": loaded.step}
+    if lines is not None:
+        write_atomic(lines, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        say(f"answers: {lines}")
+    if html is not None:
+        say(f"page: {samples.write(answers, about, html)}")
+
+
+def write_svg(file: Path, what: dict[str, Any]) -> None:
+    """Write the drawing of ``stepladder.diagram``'s data."""
+    from stepladder.core.files import write_atomic
+    from stepladder.report import diagram
+
+    write_atomic(file, diagram.autograd(what) if "edges" in what else diagram.modules(what))
+    say(f"drawing: {file}")
 
 
 def print_verdict(page: Path) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from stepladder.core.keys import Key, key, unit
 from stepladder.data.tokenizers import BOS, EOS, PAD
 from stepladder.models.base import Images, take_rows
 from stepladder.models.lm import LanguageModel
-from stepladder.run import Loaded
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,14 @@ class Generation:
 
     tokens: int64 ids, without the end-of-sequence token. stop: "eos"; "length" (the bound was reached); "nan" (the
     logits of the next token were unusable: a NaN, +inf, or all -inf). ticks: executed ticks per token chosen, the
-    end-of-sequence token included, on average; None if the model reports none or nothing was generated.
+    end-of-sequence token included, on average; None if the model reports none or nothing was generated. spent: those
+    of every position that was read, the prompt's first (so entry i went into the token at i + 1), or None.
     """
 
     tokens: np.ndarray
     stop: str
     ticks: float | None
+    spent: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,16 @@ def _decode(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     written, length = np.zeros((count, most), np.int64), np.zeros(count, np.int64)
     stop = np.full(count, "length", dtype=object)
-    spent, calls, reported = np.zeros(count), np.zeros(count), True
+    calls, reported = np.zeros(count, np.int64), True
     dice = np.stack([row.dice(most) for row in rows]) if sampling.temperature > 0 else None
 
     chunk, inside = (part.to(device) for part in left_padded([row.prompt for row in rows]))
     images = shown([row.seen for row in rows if row.seen is not None], device)
     noise = torch.tensor([(row.key / "noise").seed() for row in rows], device=device)
     # The last token chosen is never fed back, so a row needs one entry less than it may hold tokens.
-    room = chunk.shape[1] + most - 1
+    longest = chunk.shape[1]
+    room = longest + most - 1
+    spent = np.zeros((count, max(room, longest)))  # a prompt's last entry chose the first token, then one a call
     state = None if uncached or not most else model.init_state(count, room, ticks=ticks, key=noise)
     live = np.arange(count)
     going = limit > 0
@@ -192,10 +195,11 @@ def _decode(
         assert out.logits is not None
         lucky = None if dice is None else torch.from_numpy(dice[live, step]).to(device)
         picks, usable = (t.cpu().numpy() for t in choose(out.logits[:, -1], sampling, lucky))
-        if "ticks" in out.trace:
-            spent[live[going]] += out.trace["ticks"][:, -1].double().cpu().numpy()[going]
-        else:
-            reported = False
+        reported &= "ticks" in out.trace
+        if reported and step:
+            spent[live[going], longest - 1 + step] = out.trace["ticks"][:, -1].cpu().numpy()[going]
+        elif reported:
+            spent[:, :longest] = out.trace["ticks"].cpu().numpy()
         calls[live[going]] += 1
         stop[live[going & ~usable]] = "nan"
         going &= usable
@@ -220,10 +224,12 @@ def _decode(
             parts = (chunk, inside, noise, state, images)
             chunk, inside, noise, state, images = (take_rows(part, kept) for part in parts)
             live, going = live[going], going[going]
-    return [
-        Generation(written[i, : length[i]], stop[i], float(spent[i] / calls[i]) if reported and calls[i] else None)
-        for i in range(count)
-    ]
+    found = []
+    for i, row in enumerate(rows):
+        read = spent[i, longest - len(row.prompt) : longest - 1 + calls[i]] if reported and calls[i] else None
+        mean = None if read is None else float(read[-calls[i] :].mean())
+        found.append(Generation(written[i, : length[i]], stop[i], mean, read))
+    return found
 
 
 def left_padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -273,18 +279,3 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> t
     # Rounding may carry the product to the last edge: the last token with any probability is meant.
     last = kept.shape[-1] - 1 - (kept > 0).flip(-1).long().argmax(dim=-1)
     return torch.minimum(drawn, last), usable_B
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A text that a prompt was continued with, and why it ended there (see Generation)."""
-
-    text: str
-    stop: str
-
-
-def continue_texts(loaded: Loaded, prompts: Sequence[str], **options: Any) -> list[Continuation]:
-    """Continue texts with a trained model, special tokens left out; ``options`` are those of ``generate``."""
-    ids = [np.concatenate(([BOS], loaded.tokenizer.encode(prompt))) for prompt in prompts]
-    found = generate(loaded.model, ids, **options)
-    return [Continuation(loaded.tokenizer.decode(one.tokens), one.stop) for one in found]

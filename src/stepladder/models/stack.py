@@ -36,6 +36,16 @@ class Residual(Part):
         return Cost(self.norm.weight.numel()) + self.part.cost(context, ticks)
 
 
+def apply(part: Part, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+    """``part(x_BTD, state, ctx)``; where the context says so, recomputed in the backward pass instead of kept."""
+    if ctx.recompute and torch.is_grad_enabled():
+        # The part is an argument, not a captured loop variable: recomputation must meet the same weights.
+        return cast(
+            tuple[Tensor, State], checkpoint(part, x_BTD, state, ctx, use_reentrant=False, preserve_rng_state=False)
+        )
+    return cast(tuple[Tensor, State], part(x_BTD, state, ctx))
+
+
 class Stack(Part):
     """Parts one after the other; an empty stack passes its input through."""
 
@@ -51,11 +61,7 @@ class Stack(Part):
         states = (None,) * len(self.parts) if state is None else state
         after = []
         for part, before in zip(self, states, strict=True):
-            if ctx.recompute and torch.is_grad_enabled():
-                # The part is an argument, not a captured loop variable: recomputation must meet the same weights.
-                x_BTD, carried = checkpoint(part, x_BTD, before, ctx, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTD, carried = part(x_BTD, before, ctx)
+            x_BTD, carried = apply(part, x_BTD, before, ctx)
             after.append(carried)
         return x_BTD, tuple(after)
 

@@ -1,18 +1,16 @@
 """The decoder: batched = alone = recomputed, keyed sampling, bounds, and leaving everything as it was."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from stepladder.core.errors import UserError
-from stepladder.data.tokenizers import BOS, EOS, ByteTokenizer
-from stepladder.eval.decode import Sampling, choose, continue_texts, evaluating, generate, left_padded
+from stepladder.data.tokenizers import BOS, EOS
+from stepladder.eval.decode import Sampling, choose, evaluating, generate, left_padded
 from stepladder.eval.self_test import Scripted
 from stepladder.models.zoo import spec
-from stepladder.run import Loaded, Run
 
 VOCAB = 24
 
@@ -168,13 +166,3 @@ def test_impossible_options_are_refused(options, sentence):
 def test_foreign_ids_are_refused_before_the_model_sees_them(token):
     with pytest.raises(UserError, match=rf"token id {token}, outside the model's 0\.\.23"):
         generate(build(), [np.array([BOS, token])], max_new=2)
-
-
-def test_texts_are_continued_without_special_tokens():
-    tokenizer = ByteTokenizer()
-    script = {(BOS, *tokenizer.encode("ab").tolist()): (*tokenizer.encode("cé").tolist(), EOS)}
-    data = {"sources": [{"kind": "task", "task": "copy"}]}
-    run = Run.of({"model": {"kind": "transformer"}, "data": data, "train": {"steps": 1}})
-    loaded = Loaded(run, Scripted(tokenizer.vocab, script), tokenizer, 0, Path())
-    found = continue_texts(loaded, ["ab", "zz"], max_new=9)
-    assert [(one.text, one.stop) for one in found] == [("cé", "eos"), ("", "eos")]

@@ -1,0 +1,1 @@
+"""Models for others to run: files that need no Stepladder."""
