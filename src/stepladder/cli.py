@@ -14,7 +14,18 @@ from typer.core import TyperGroup
 
 from stepladder import plugins
 from stepladder.core.errors import UserError
-from stepladder.terminal import console, hold, listed, load, print_results, print_rows, print_verdict, progress, say
+from stepladder.terminal import (
+    console,
+    hold,
+    listed,
+    load,
+    print_results,
+    print_rows,
+    print_sweep,
+    print_verdict,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from stepladder.run import Run
@@ -199,6 +210,26 @@ def climb(
     files = tuple(plugin or ())
     page = api.climb(ladder, *(overrides or []), text=text, runs=runs, jobs=jobs, plugins=files, say=say)
     print_verdict(page)
+
+
+@app.command()
+def sweep(
+    files: Annotated[list[str], typer.Argument(help="sweep files, then path=value, such as run.train.steps=500")],
+    runs: Runs = Path("runs"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: cores / threads")] = None,
+    export_wandb: Annotated[Path | None, typer.Option(help="write this W&B sweep file, and run nothing")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Search for the best point of a run: grid, random draws or TPE. Given again, it goes on or joins in."""
+    plugins.load(plugin or ())
+    from stepladder.experiments.search import sweeps
+
+    files_of, failed = tuple(plugin or ()), False
+    for home, lost in sweeps(files, runs, jobs=jobs, plugins=files_of, wandb=export_wandb, say=say):
+        print_sweep(home)
+        failed |= bool(lost)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
