@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from stepladder import cli
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json
 from stepladder.experiments import climb as climbing
@@ -298,6 +299,18 @@ def test_one_flawed_file_of_several_stops_all_before_anything_runs(tmp_path, sta
     with pytest.raises(UserError, match="heads=3"):
         sweeps([str(tmp_path / "good.json"), str(tmp_path / "bad.json")], tmp_path / "runs")
     assert started == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_says_one_sentence_and_exits_with_2(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "little.json"
+    path.write_text(json.dumps(SWEEP))
+    words = ["stepladder", "sweep", str(path), "space.model.heads=[3]", "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "runs").exists()
 
 
