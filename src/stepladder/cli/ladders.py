@@ -1,4 +1,4 @@
-"""Commands on many runs: climb, report."""
+"""Commands on many runs: climb, sweep, report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from stepladder import plugins
 from stepladder.cli.options import LadderOverrides, Plugins, Runs
-from stepladder.cli.terminal import print_verdict, say
+from stepladder.cli.terminal import print_sweep, print_verdict, say
 
 app = typer.Typer()
 
@@ -30,6 +30,26 @@ def climb(
     files = tuple(plugin or ())
     page = api.climb(ladder, *(overrides or []), text=text, runs=runs, jobs=jobs, plugins=files, say=say)
     print_verdict(page)
+
+
+@app.command()
+def sweep(
+    files: Annotated[list[str], typer.Argument(help="sweep files, then path=value, such as run.train.steps=500")],
+    runs: Runs = Path("runs"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: cores / threads")] = None,
+    export_wandb: Annotated[Path | None, typer.Option(help="write this W&B sweep file, and run nothing")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Search for the best point of a run: grid, random draws or TPE. Given again, it goes on or joins in."""
+    plugins.load(plugin or ())
+    from stepladder.experiments.search import sweeps
+
+    files_of, failed = tuple(plugin or ()), False
+    for home, lost in sweeps(files, runs, jobs=jobs, plugins=files_of, wandb=export_wandb, say=say):
+        print_sweep(home)
+        failed |= bool(lost)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

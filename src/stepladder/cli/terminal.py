@@ -155,3 +155,11 @@ def print_verdict(page: Path) -> None:
     say(verdict["headline"])
     console.print(table)
     say(f"page: {page}")
+
+
+def print_sweep(home: Path) -> None:
+    """The points of a searched sweep, best first."""
+    from stepladder.report.sweep import table
+
+    console.print(table(home))
+    say(f"results: {home / 'results.md'}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def climb(
             say(f"{len(todo) - len(waiting)} of {len(todo)} runs are already done")
         gpus = visible_gpus(todo[0].run.train)
         width = jobs or len(gpus) or max(1, (os.cpu_count() or 1) // (todo[0].run.train.threads or 1))
-        failed = _work(waiting, home, width, gpus, plugins, say)
+        failed = work(waiting, len(waiting), home, width, gpus, plugins, say)
         _time(ladder, rungs, home, plugins, say)
         return home, failed
 
@@ -199,18 +199,32 @@ def _evaluated(results: Path, suite: str, asked: EvalConfig) -> bool:
     return same and found.get("status") in _CHECKED.get(suite, _ENDS)
 
 
-def _work(
-    jobs: list[Job], home: Path, width: int, gpus: list[str], plugins: tuple[str, ...], say: Callable[[str], None]
+def work(
+    jobs: Iterable[Job],
+    total: int,
+    home: Path,
+    width: int,
+    gpus: list[str],
+    plugins: tuple[str, ...],
+    say: Callable[[str], None],
+    ended: Callable[[Job], object] = id,
 ) -> list[str]:
-    """Run the jobs, ``width`` at a time and each on the GPU with the fewest; returns the names of those that failed."""
+    """Run the jobs, ``width`` at a time and each on the GPU with the fewest; returns the names of those that failed.
+
+    jobs: asked for the next one only when it can start, so what comes may depend on what has ended; ``total``, of which
+    the lines speak, is how many there will be. ended: called with every job whose process has, however it did.
+    """
     running: dict[subprocess.Popen[bytes], tuple[Job, float, str | None]] = {}
-    queue, failed = list(jobs), []
-    done = 0
+    queue, failed = iter(jobs), []
+    done, more = 0, True
     with _signals() as received:
         try:
-            while (queue or running) and not received:
-                while queue and len(running) < width and not received:
-                    job = queue.pop(0)
+            while (more or running) and not received:
+                while more and len(running) < width and not received:
+                    job = next(queue, None)
+                    if job is None:
+                        more = False
+                        break
                     busy = [gpu for *_, gpu in running.values()]
                     gpu = min(gpus, key=busy.count, default=None)
                     running[_start(job, home, gpu, plugins)] = (job, time.monotonic(), gpu)
@@ -219,13 +233,14 @@ def _work(
                     done += 1
                     took = time.monotonic() - began
                     text = _outcome(process.returncode, home, job)
-                    say(f"[{done}/{len(jobs)}] {job.run.name}: {text} ({took:.0f} s)")
+                    say(f"[{done}/{total}] {job.run.name}: {text} ({took:.0f} s)")
                     if process.returncode:
                         failed.append(job.run.name)
+                    ended(job)
                 time.sleep(0.1)
         finally:
             _stop(list(running), received)
-        if received and (queue or running):
+        if received and (more or running):
             say("interrupted; the same command goes on from the checkpoints")
             raise SystemExit(128 + received[0])
     return failed
