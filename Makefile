@@ -35,7 +35,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,hf,clrs,vision,sweep]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,hf,clrs,vision,onnx,sweep]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt dm-clrs
 	touch $@
 

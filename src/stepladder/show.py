@@ -19,14 +19,21 @@ from stepladder.data.stream import DataConfig
 from stepladder.experiments.ladder import Ladder
 from stepladder.experiments.match import cost
 from stepladder.experiments.memory import decoding, training
+from stepladder.experiments.sweep import Sweep
 from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
 from stepladder.run import EvalConfig, TrainConfig
 from stepladder.train import loop, session, step
 
-SECTIONS: dict[str, type[Config]] = {"train": TrainConfig, "data": DataConfig, "eval": EvalConfig, "ladder": Ladder}
-"""The parts of run and ladder files by name: ``stepladder show train`` lists their fields."""
+SECTIONS: dict[str, type[Config]] = {
+    "train": TrainConfig,
+    "data": DataConfig,
+    "eval": EvalConfig,
+    "ladder": Ladder,
+    "sweep": Sweep,
+}
+"""The parts of run, ladder and sweep files by name: ``stepladder show train`` lists their fields."""
 
 
 MEMORY = (

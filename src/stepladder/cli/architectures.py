@@ -37,7 +37,7 @@ def list_things(plugin: Plugins = None) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="architecture, or a part of a file: train, data, eval, ladder")],
+    name: Annotated[str, typer.Argument(help="architecture, or a part of a file: train, data, eval, ladder, sweep")],
     overrides: Annotated[list[str] | None, typer.Argument(help="fields, such as width=256", show_default=False)] = None,
     size: Annotated[str | None, typer.Option(help="named size")] = None,
     vocab: Annotated[int, typer.Option(min=4, help="vocabulary")] = 259,

@@ -338,7 +338,7 @@ def task(name: str) -> Callable[[T], T]:
     return register(TASKS, name)
 
 
-def normalise(question: str) -> str:
+def tightened(question: str) -> str:
     """A question without its accidents: no spaces, lower case, operands of + * ? in one order (plain text only)."""
     tight = re.sub(r"\s", "", question).casefold()
     return re.sub(r"(\d+)([+*?])(\d+)", lambda m: m[2].join(sorted((m[1], m[3]))), tight)
@@ -354,7 +354,7 @@ def overlap(
     """How many questions two splits share, measured on the first ``n`` items of each (default: the training range).
 
     Returns the number of different questions drawn from each split, under its name, and the number of those of the
-    second that are in the first: ``exact`` as they stand, ``normalised`` after ``normalise``, ``canonical`` in the
+    second that are in the first: ``exact`` as they stand, ``normalised`` after ``tightened``, ``canonical`` in the
     task's own canonical form. All three must be 0.
     """
     first, second = (task.batch(seed, split, np.arange(n), task.train if size is None else size) for split in splits)
@@ -363,6 +363,6 @@ def overlap(
         splits[0]: len(one),
         splits[1]: len(two),
         "exact": len(one & two),
-        "normalised": len(set(map(normalise, one)) & set(map(normalise, two))),
+        "normalised": len(set(map(tightened, one)) & set(map(tightened, two))),
         "canonical": len(set(strings(task.canonical(first))) & set(strings(task.canonical(second)))),
     }

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from stepladder.core.errors import UserError
 from stepladder.core.keys import key, permute
-from stepladder.data.base import normalise, strings
-from stepladder.data.corpora import Corpus
+from stepladder.data.base import strings
+from stepladder.data.corpora import Corpus, normalise
 from stepladder.data.pairs import Pairs, Quiz
 from stepladder.data.sources import PairSource, Source, TaskSource, TextSource
 from stepladder.data.stream import Stream

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stepladder.core.config import Kinded, validate
 from stepladder.core.errors import UserError
 from stepladder.core.keys import key
-from stepladder.data.base import SPLITS, TASKS, Dice, Examples, normalise, overlap, strings, task
+from stepladder.data.base import SPLITS, TASKS, Dice, Examples, overlap, strings, task, tightened
 from stepladder.data.symbols import add, carry, digits_of, number, numeral, sorted_operands, text, until, within
 from stepladder.data.tasks.addition import Addition
 from stepladder.data.tasks.parity import Parity
@@ -178,9 +178,9 @@ class TestSplits:
             admitted = [Addition().admits(split, Examples(q, codes("1", "1"), sizes)) for q in (one, other)]
             assert (admitted[0] == admitted[1]).all()
 
-    def test_normalise(self):
-        assert normalise(" 12 + 7 =") == normalise("7+12=") == "12+7="
-        assert normalise("K:A1?A=") == "k:a1?a="
+    def test_tightened(self):
+        assert tightened(" 12 + 7 =") == tightened("7+12=") == "12+7="
+        assert tightened("K:A1?A=") == "k:a1?a="
 
     def test_overlap_counts_what_is_shared(self):
         shared = overlap(Parity(), 0, 400, size=8, splits=("test", "test"))

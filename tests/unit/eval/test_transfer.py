@@ -78,7 +78,7 @@ def test_a_task_whose_splits_leak_is_caught(make, monkeypatch):
 def test_pairs_that_leak_are_not_shown_and_would_be_caught(make, pairs, tmp_path, monkeypatch):
     rows = (tmp_path / "held.jsonl").read_text()
     with (tmp_path / "train.jsonl").open("a") as file:
-        file.write(rows.replace("a:5", "A: 5"))  # the same questions, but for case and white space
+        file.write(rows.replace("a:5", " A:5"))  # the same questions, but for case and white space
     loaded = make(eval={"transfer": [pairs], "shots": [40]})
     source = loaded.run.eval.transfer[0]
     first = _asked(loaded)[0]

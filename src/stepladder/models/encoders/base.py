@@ -9,10 +9,12 @@ What stands before the first slot sees none of them, and no token ever reaches a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from stepladder.core.config import Field, Kinded, register
@@ -90,6 +92,24 @@ class EncoderSpec(Kinded):
     def build(self, width: int) -> Encoder:
         """A freshly initialised encoder into ``width``; weights come from torch's global generator."""
         raise NotImplementedError
+
+
+class PatchedSpec(EncoderSpec):
+    """Fields of an encoder whose slots are square patches."""
+
+    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides side; 1 = a slot for every pixel")
+
+    @model_validator(mode="after")
+    def _divides(self) -> PatchedSpec:
+        if self.side % self.patch:
+            near = math.gcd(self.side, self.patch)
+            raise ValueError(f"patch = {self.patch} does not divide side = {self.side}; patch = {near} does")
+        return self
+
+    @property
+    def slots(self) -> int:
+        """The patches of an image."""
+        return (self.side // self.patch) ** 2
 
 
 ENCODERS: Registry[type[EncoderSpec]] = Registry("encoder")

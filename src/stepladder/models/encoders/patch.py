@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from stepladder.core.config import Field
-from stepladder.models.encoders.base import Encoder, EncoderSpec, encoder
+from stepladder.models.encoders.base import Encoder, PatchedSpec, encoder
 from stepladder.models.layers import linear
 
 
@@ -28,22 +24,8 @@ class PatchEncoder(Encoder):
 
 
 @encoder("patch")
-class Patch(EncoderSpec):
+class Patch(PatchedSpec):
     """A linear map of every square patch, as in the Vision Transformer."""
-
-    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides side")
-
-    @model_validator(mode="after")
-    def _divides(self) -> Patch:
-        if self.side % self.patch:
-            near = math.gcd(self.side, self.patch)
-            raise ValueError(f"patch = {self.patch} does not divide side = {self.side}; patch = {near} does")
-        return self
-
-    @property
-    def slots(self) -> int:
-        """The patches of an image."""
-        return (self.side // self.patch) ** 2
 
     def build(self, width: int) -> PatchEncoder:
         return PatchEncoder(self, width)

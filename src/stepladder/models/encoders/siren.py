@@ -9,11 +9,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from stepladder.core.config import Field
-from stepladder.models.encoders.base import Encoder, EncoderSpec, encoder
+from stepladder.models.encoders.base import Encoder, PatchedSpec, encoder
 from stepladder.models.layers import linear, no_autocast
 
 
@@ -60,25 +59,12 @@ class SirenEncoder(Encoder):
 
 
 @encoder("siren")
-class Siren(EncoderSpec):
+class Siren(PatchedSpec):
     """A sine network over coordinates and brightness, averaged over patches."""
 
     hidden: int = Field(64, ge=1, description="width of the sine layers")
     layers: int = Field(3, ge=1, description="sine layers")
-    patch: int = Field(4, ge=1, description="side of a patch in pixels; divides side; 1 = a slot for every pixel")
     omega: float = Field(6.0, gt=0, description="frequency of the sines; the paper has 30, for large images")
-
-    @model_validator(mode="after")
-    def _divides(self) -> Siren:
-        if self.side % self.patch:
-            near = math.gcd(self.side, self.patch)
-            raise ValueError(f"patch = {self.patch} does not divide side = {self.side}; patch = {near} does")
-        return self
-
-    @property
-    def slots(self) -> int:
-        """The patches of an image."""
-        return (self.side // self.patch) ** 2
 
     def build(self, width: int) -> SirenEncoder:
         return SirenEncoder(self, width)

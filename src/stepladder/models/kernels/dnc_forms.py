@@ -58,12 +58,17 @@ class Made(NamedTuple):
     links_KBIN: Tensor
 
 
+def told_sizes(reads: int, slot_width: int) -> list[int]:
+    """How many numbers the heads are told: gates to free, allocate, write; erasure, strengths, modes, keys, content."""
+    return [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
+
+
 class Sizes:
     """Where things stand in what the heads are told, (..., S)."""
 
     def __init__(self, reads: int, slot_width: int) -> None:
         self.reads, self.slot_width = reads, slot_width
-        self.sizes = [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
+        self.sizes = told_sizes(reads, slot_width)
 
     def split(self, told: Tensor) -> tuple[Tensor, ...]:
         """Views, in the order of ``sizes``; the strengths less 1. Keys (1 + R, M)."""

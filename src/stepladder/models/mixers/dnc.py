@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from stepladder.models.addressing import TINY, content
 from stepladder.models.base import Context, Cost, Part, State, map_state
 from stepladder.models.kernels import dnc as kernel
+from stepladder.models.kernels.dnc_forms import told_sizes
 from stepladder.models.layers import linear, no_autocast
 from stepladder.models.mixers.lstm import Scan, cell, gate_bias, zeros
 
@@ -156,11 +157,6 @@ class DNC(Part):
         memory = slots * slot_width * (1 + reads + 1 + reads) + 2 * reads * slots * slots
         state = 2 * self.inner + reads * slot_width + slots * (slot_width + 3 + slots + reads)
         return Cost(self.own_params(), 2 * (matrices + memory), state * max(4, self.itemsize()))
-
-
-def told_sizes(reads: int, slot_width: int) -> list[int]:
-    """How many numbers the heads are told: gates to free, allocate, write; erasure, strengths, modes, keys, content."""
-    return [reads, 1, 1, slot_width, 1 + reads, 3 * reads, (1 + reads) * slot_width, slot_width]
 
 
 def allocation(usage_BN: Tensor) -> Tensor:

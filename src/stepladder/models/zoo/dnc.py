@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from stepladder.core.config import Field
+from stepladder.models.kernels.dnc_forms import told_sizes
 from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
-from stepladder.models.mixers.dnc import DNC, told_sizes
+from stepladder.models.mixers.dnc import DNC
 from stepladder.models.mixers.lstm import Scan, cells_like_attention
 from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import Macro, architecture
