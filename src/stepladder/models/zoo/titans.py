@@ -1,0 +1,79 @@
+"""Titans: neural memories that are trained while they are read."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from stepladder.core.config import Field
+from stepladder.models.layers import residual_gain
+from stepladder.models.lm import LanguageModel
+from stepladder.models.mixers.titans import NeuralMemory
+from stepladder.models.recurrences.once import Once
+from stepladder.models.spec import SHAPES, Macro, architecture
+from stepladder.models.stack import Stack
+
+TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 4}
+
+NESTED = {"pilot": (512, 12, 8), "mid": (1024, 24, 16), "target": (1536, 32, 24)}
+"""Width, depth, heads of the sizes of this family; true counts of parameters: docs/nested.md."""
+
+
+class Remembering(Macro):
+    """Macro with the fields of a neural memory."""
+
+    heads: int = Field(4, ge=1, description="heads; divides width")
+    memory_layers: int = Field(2, ge=1, le=4, description="layers of a head's memory network; 1 = a matrix")
+    memory_expand: int = Field(2, ge=1, description="hidden width of the memory network in head widths")
+    conv: int = Field(4, ge=1, description="tokens that the causal convolution sees; 1 sees the token alone")
+    rate: float = Field(0.25, gt=0, description="largest inner step theta")
+    momentum: bool = Field(True, description="whether past surprise is carried (eta)")
+    forget: bool = Field(True, description="whether the memory forgets (alpha)")
+    bound: float = Field(4.0, gt=0, description="root mean square from which inner errors are scaled down")
+    horizon: int = Field(
+        0, ge=0, description="chunks of a document after which gradients through writes stop; 0 = never"
+    )
+    scan: Literal["chunked", "naive"] = Field("chunked", description="matrix products over chunks, or token by token")
+    chunk: int = Field(
+        32, ge=1, description="tokens whose inner gradients are taken at one memory; part of the function"
+    )
+
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+        size: {"width": width, "depth": depth, "heads": heads}
+        for size, (width, depth, heads) in (SHAPES | NESTED).items()
+    }
+    twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
+
+    def memory(self) -> NeuralMemory:
+        """The memory of one block."""
+        return NeuralMemory(
+            self.width,
+            self.heads,
+            max(1, self.width // self.heads),
+            layers=self.memory_layers,
+            expand=self.memory_expand,
+            conv=self.conv,
+            rate=self.rate,
+            momentum=self.momentum,
+            forget=self.forget,
+            bound=self.bound,
+            horizon=self.horizon,
+            scan=self.scan,
+            chunk=self.chunk,
+            gain=residual_gain(self.depth),
+        )
+
+
+@architecture("titans_lmm", tiny=TINY, aliases=("titans",))
+class TitansLMM(Remembering):
+    """Blocks of a neural memory and SwiGLU: against ``transformer``, the mixer is the one thing that differs.
+
+    Source: Behrouz, Zhong & Mirrokni, 2025, "Titans: learning to memorize at test time" (LMM: the memory alone), with
+    the residual memory network of "Nested learning", 2025, eq. 91. Differs from them in: the inner loss is halved, its
+    gradient bounded; silu in the memory network; memories in heads; chunks are counted from a document's first token
+    and gradients taken at their start, reads see the writes up to their own token (the paper's recurrence with stale
+    gradients); no persistent tokens, which before a memory alone are another learned M_0; initial scales of this house.
+    """
+
+    def build(self, vocab: int) -> LanguageModel:
+        parts = [part for _ in range(self.depth) for part in self.block(self.memory(), self.depth)]
+        return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)
