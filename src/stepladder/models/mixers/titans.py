@@ -1,22 +1,15 @@
 """Titans' neural memory as a mixer (Behrouz, Zhong & Mirrokni, 2025): mixers.fast_weights has the equations.
 
-Chunks are counted from a document's first token, and rows stand at different places of theirs. In a call a row has
-tokens of two kinds. *Fresh* ones are in the first chunk of a document that begins in this call: their gradients are
-taken at the learned M_0, which all rows and documents share, so all of them are computed at once. The others continue
-a *version*: version 0 is the memory that the call was given, version e the memory behind the row's e-th chunk that
-ends in this call. A version is continued by at most ``chunk`` tokens, those behind its event; number e of all rows is
-computed at once, and what a row has not is masked. All shapes follow from T.
+How the chunks of all rows are computed together: mixers.chunks.
 
-A call at the start of a sequence without document ids is one document in every row, and needs none of this.
-
-Suffixes: B batch, T tokens, D model width, H heads, K head width, E events, W tokens of a window, F numbers of a token.
+Suffixes: B batch, T tokens, D model width, H heads, K head width, W tokens of a window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import Context, Cost, Part, State
 from stepladder.models.layers import linear, no_autocast, norm
+from stepladder.models.mixers.chunks import Gather, Layout, Pick, Slice, blocks, unblocked
 from stepladder.models.mixers.decay import ShortConvolution
 from stepladder.models.mixers.fast_weights import (
     Memory,
@@ -118,32 +112,43 @@ class NeuralMemory(Part):
 
     def run(self, tokens: Tokens, memory: Memory | None, ctx: Context) -> tuple[Tensor, Memory]:
         """y (B, H, T, K) of all tokens, and the memory after them."""
-        wide = tokens.q.dtype
-        first = tuple(weight.to(wide) for weight in self.first)
         batch, _, count, _ = tokens.q.shape
         if self.scan == "naive" or count == 1:
+            wide = tokens.q.dtype
+            first = tuple(weight.to(wide) for weight in self.first)
             begun = self._start(batch, tokens.q.device, wide) if memory is None else memory
             return token_by_token(first, begun, tokens, ctx.positions_BT, self.chunk, self.bound, self.horizon)
-        if memory is None and not ctx.packed:
-            return self._one_document(first, tokens, ctx)
-        return self._documents(first, tokens, memory, ctx)
+        (y_BHTK,), after = self.walk(Known(tokens), memory, ctx, tokens.q.dtype)
+        return y_BHTK, after
 
-    def _one_document(self, first: Weights, tokens: Tokens, ctx: Context) -> tuple[Tensor, Memory]:
+    def walk(self, source: Source, memory: Memory | None, ctx: Context, wide: torch.dtype) -> tuple[Found, Memory]:
+        """What is found for all tokens, y (B, H, T, K) and what ``source`` adds; and the memory after them."""
+        first = tuple(weight.to(wide) for weight in self.first)
+        if memory is None and not ctx.packed:
+            return self._one_document(first, source, ctx)
+        return self._documents(first, source, memory, ctx)
+
+    def _one_document(self, first: Weights, source: Source, ctx: Context) -> tuple[Found, Memory]:
         """Every row is one document from its first token on: chunk after chunk."""
         none = tuple(torch.zeros_like(weight) for weight in first) if self.momentum else ()
         memory, found = Memory(first, first, none), []
-        for number, place in enumerate(range(0, tokens.q.shape[2], self.chunk)):
-            window = _slice(tokens, place, self.chunk)
-            y, memory = self._advance(memory, window, ctx)
-            found.append(y)
-            if window.q.shape[2] == self.chunk:
+        batch, count = ctx.positions_BT.shape
+        for number, place in enumerate(range(0, count, self.chunk)):
+            size = min(self.chunk, count - place)
+            real_BW = torch.ones(batch, size, dtype=torch.bool, device=ctx.positions_BT.device)
+            tokens, more = source.window(memory, Slice(place, size), real_BW, number)
+            y, memory = self._advance(memory, tokens, ctx)
+            found.append((y, *more))
+            if size == self.chunk:
                 memory = self._cut(replace(memory, base=memory.now), (number + 1) % max(self.horizon, 1) == 0)
-        return torch.cat(found, dim=2), memory.map(lambda w: w if w.dim() == 4 else w.expand(len(y), *w.shape))
+        return _joined(found), memory.map(lambda w: w if w.dim() == 4 else w.expand(batch, *w.shape))
 
-    def _documents(self, first: Weights, tokens: Tokens, given: Memory | None, ctx: Context) -> tuple[Tensor, Memory]:
+    def _documents(self, first: Weights, source: Source, given: Memory | None, ctx: Context) -> tuple[Found, Memory]:
         """Rows of documents, each wherever it is: fresh tokens, then version after version."""
         at = Layout.of(ctx.positions_BT, self.chunk, given is None)
+        tokens, more = source.fresh(first, at)
         fresh_BHTK, heard, deltas = self._fresh(first, tokens, at)
+        fresh_found = (fresh_BHTK, *more)
         none = tuple(torch.zeros_like(weight) for weight in first) if self.momentum else ()
         learned = Memory(first, first, none)
         if given is None:
@@ -155,8 +160,9 @@ class NeuralMemory(Part):
         for number in range(at.events + 1):
             if number or given is not None:
                 index_BW, real_BW = at.version(number)
-                y, memory = self._advance(memory, _gather(tokens, index_BW, real_BW), ctx)
-                found.append(y)
+                window, more = source.window(memory, Gather(index_BW, real_BW), real_BW, number)
+                y, memory = self._advance(memory, window, ctx)
+                found.append((y, *more))
             if number == at.events:
                 break
             some_B, opening_B, cut_B = at.event(number, self.horizon)
@@ -169,11 +175,13 @@ class NeuralMemory(Part):
         fresh = self._written(learned, tokens, heard, deltas, index_BW, real_BW)
         memory = _choose(open_B, fresh, memory)
         if not found:
-            return fresh_BHTK, memory
+            return fresh_found, memory
         slot_BT, fresh_BT = at.slots(given is None)
-        index = slot_BT[:, None, :, None].expand(-1, self.heads, -1, self.head_width)
-        y_BHTK = torch.cat(found, dim=2).gather(2, index)
-        return torch.where(fresh_BT[:, None, :, None], fresh_BHTK, y_BHTK), memory
+        some = (
+            torch.where(fresh_BT[:, None, :, None], new, old.gather(2, slot_BT[:, None, :, None].expand_as(new)))
+            for new, old in zip(fresh_found, _joined(found), strict=True)
+        )
+        return tuple(some), memory
 
     def _advance(self, memory: Memory, window: Tokens, ctx: Context) -> tuple[Tensor, Memory]:
         """Read and write the tokens of a window, all of one chunk; recomputed in the backward pass if so asked."""
@@ -195,23 +203,15 @@ class NeuralMemory(Part):
         """
         heard, deltas = errors(first, tokens.k, tokens.v, self.bound)
         size, count = at.size, tokens.q.shape[2]
-        blocks = -(-count // size)
-
-        def cut(x: Tensor, axis: int, back: int) -> Tensor:
-            """(..., T, ...) to (B x blocks, ..., back + size, ...): the blocks, with ``back`` tokens before each."""
-            x = x.movedim(axis, 1)
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (back, blocks * size - count))
-            return x.unfold(1, back + size, size).flatten(0, 1).movedim(-1, axis)
 
         def both(x: Tensor) -> Tensor:
-            return cut(x, 2, size)
+            return blocks(x, 2, size, size)
 
-        rows = tokens.map(both, cut(tokens.real.long(), 1, size).bool())
-        document_BN = cut(at.start_BT + 1, 1, size)  # 0 is the document of the padding
+        rows = tokens.map(both, blocks(tokens.real.long(), 1, size, size).bool())
+        document_BN = blocks(at.start_BT + 1, 1, size, size)  # 0 is the document of the padding
         within, learned = decays(rows, document_BN, size), Memory(first, first, ())
         y = read(learned, rows.q[:, :, size:], [both(a) for a in heard], [both(d) for d in deltas], within)
-        y_BHTK = y.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :count]
-        return y_BHTK, heard, deltas
+        return unblocked(y, count), heard, deltas
 
     def _written(
         self,
@@ -223,9 +223,9 @@ class NeuralMemory(Part):
         real_BW: Tensor,
     ) -> Memory:
         """M_0 after the tokens of a window, whose gradient rows are known."""
-        window = _gather(tokens, index_BW, real_BW)
+        window = Known(tokens).window(learned, Gather(index_BW, real_BW), real_BW, 0)[0]
         within = decays(window, torch.zeros_like(index_BW), 1)
-        heard, deltas = ([_rows(each, index_BW, real_BW) for each in some] for some in (heard, deltas))
+        heard, deltas = ([Gather(index_BW, real_BW)(each) for each in some] for some in (heard, deltas))
         after = write(learned, heard, deltas, within)
         return replace(after, base=tuple(w.expand_as(n) for w, n in zip(learned.base, after.now, strict=True)))
 
@@ -251,6 +251,13 @@ class NeuralMemory(Part):
     def cost(self, context: int, ticks: int | None = None) -> Cost:
         """One document in every row. A row of documents costs up to twice the memory's part (docs/nested.md)."""
         matrices = self.project.weight.numel() + self.out.weight.numel()
+        weights, copies = sum(weight.numel() for weight in self.first), 2 if self.momentum else 1
+        carried = (len(self.conv.weight) - 1) * self.sizes[0] * self.itemsize()
+        carried += (1 + copies) * weights * max(4, self.itemsize())
+        return Cost(self.own_params(), 2 * matrices + self.scan_flops(context) / context, carried)
+
+    def scan_flops(self, context: int) -> float:
+        """Of the memory alone, for a whole document."""
         weights = sum(weight.numel() for weight in self.first)
         deep, copies = weights - self.first[0].numel(), 2 if self.momentum else 1
         edges = sum(sum(weight.shape[1:]) for weight in self.first)
@@ -261,109 +268,38 @@ class NeuralMemory(Part):
             elif size:
                 pairs = 2 * size * size * edges + (2 * size**3 + 2 * size * size if self.momentum else 0)
                 scan += count * (2 * size * (weights + deep + 2 * copies * weights) + self.heads * pairs)
-        carried = (len(self.conv.weight) - 1) * self.sizes[0] * self.itemsize()
-        carried += (1 + copies) * weights * max(4, self.itemsize())
-        return Cost(self.own_params(), 2 * matrices + scan / context, carried)
+        return scan
+
+
+Found = tuple[Tensor, ...]
+"""What is found for every token, each (B, H, T, F)."""
+
+
+class Source(Protocol):
+    """Where the memory's tokens come from: they are known, or hang on what the memory says."""
+
+    def fresh(self, first: Weights, at: Layout) -> tuple[Tokens, Found]:
+        """All tokens as if they were fresh; and what else is to be found for them."""
+
+    def window(self, memory: Memory, pick: Pick, real_BW: Tensor, number: int) -> tuple[Tokens, Found]:
+        """Those of a window, which continues ``memory``, version ``number`` of a row (chunk of the only document)."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the chunks of all rows are in a call.
+class Known:
+    """Tokens that do not hang on the memory."""
 
-    start_BT: index of the first token of each token's document, negative if it was in an earlier call. version_BT: of
-    its row's chunks, how many have ended before a token. when_BE: index of the e-th token that ends a chunk; T if none.
-    size: tokens of a window, those of a chunk or all there are.
-    """
+    tokens: Tokens
 
-    positions_BT: Tensor
-    start_BT: Tensor
-    version_BT: Tensor
-    when_BE: Tensor
-    chunk: int
-    size: int
+    def fresh(self, first: Weights, at: Layout) -> tuple[Tokens, Found]:
+        return self.tokens, ()
 
-    @classmethod
-    def of(cls, positions_BT: Tensor, chunk: int, begins: bool) -> Layout:
-        """``begins``: the call starts its sequences, so that no open chunk comes with it."""
-        count = positions_BT.shape[1]
-        ends_BT = (positions_BT + 1) % chunk == 0
-        so_far_BT = ends_BT.cumsum(1)
-        events = count // chunk if begins else -(-count // chunk)
-        number_BE = torch.arange(1, events + 1, device=positions_BT.device).repeat(len(positions_BT), 1)
-        start_BT = torch.arange(count, device=positions_BT.device) - positions_BT
-        when_BE = torch.searchsorted(so_far_BT, number_BE)
-        return cls(positions_BT, start_BT, so_far_BT - ends_BT.long(), when_BE, chunk, min(chunk, count))
-
-    @property
-    def events(self) -> int:
-        """Chunks that may end in a row."""
-        return self.when_BE.shape[1]
-
-    def version(self, number: int) -> tuple[Tensor, Tensor]:
-        """The tokens that may continue version ``number``: their indices (B, W), and which of them do."""
-        index_BW, inside_BW = self._window(self._behind(number))
-        start_BW = self.start_BT.gather(1, index_BW)
-        if number:
-            own_B1 = self.start_BT.gather(1, self.when_BE[:, number - 1, None].clamp(max=self.start_BT.shape[1] - 1))
-        else:
-            own_B1 = self.start_BT[:, :1].clamp(max=-1)  # a document that begins here continues nothing
-        return index_BW, inside_BW & (self.version_BT.gather(1, index_BW) == number) & (start_BW == own_B1)
-
-    def event(self, number: int, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of event ``number``: whether a row has it, whether its chunk is fresh, whether gradients stop there (B,)."""
-        when_B1 = self.when_BE[:, number, None]
-        some_B1, when_B1 = when_B1 < self.start_BT.shape[1], when_B1.clamp(max=self.start_BT.shape[1] - 1)
-        place_B1 = self.positions_BT.gather(1, when_B1)
-        opening_B1 = some_B1 & (place_B1 < self.chunk) & (self.start_BT.gather(1, when_B1) >= 0)
-        cut_B1 = (place_B1 // self.chunk + 1) % max(horizon, 1) == 0
-        return some_B1[:, 0], opening_B1[:, 0], cut_B1[:, 0]
-
-    def until(self, last_B: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        """The window that ends with token ``last``, of that token's document only, in the rows ``rows``."""
-        last_B1 = last_B[:, None].clamp(max=self.start_BT.shape[1] - 1)
-        index_BW, inside_BW = self._window(last_B1 - self.size + 1)
-        same_BW = self.start_BT.gather(1, index_BW) == self.start_BT.gather(1, last_B1)
-        return index_BW, inside_BW & same_BW & rows_B[:, None]
-
-    def ending(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that end in an open chunk whose tokens are fresh, and those tokens."""
-        count = self.start_BT.shape[1]
-        open_B = (self.start_BT[:, -1] >= 0) & (self.positions_BT[:, -1] < self.chunk - 1)
-        return open_B, *self.until(torch.full_like(self.start_BT[:, 0], count - 1), open_B)
-
-    def slots(self, begins: bool) -> tuple[Tensor, Tensor]:
-        """Where a token is among the windows of all versions, one behind the other; and whether it is fresh instead."""
-        count = self.start_BT.shape[1]
-        behind_BE = torch.cat([self._behind(number) for number in range(self.events + 1)], dim=1)
-        offset_BT = torch.arange(count, device=self.start_BT.device) - behind_BE.gather(1, self.version_BT)
-        slot_BT = (self.version_BT - int(begins)) * self.size + offset_BT.clamp(max=self.size - 1)
-        return slot_BT.clamp(min=0), (self.positions_BT < self.chunk) & (self.start_BT >= 0)
-
-    def _behind(self, number: int) -> Tensor:
-        """Index of the first token behind an event (B, 1); of the first token for 0."""
-        return torch.zeros_like(self.start_BT[:, :1]) if number == 0 else self.when_BE[:, number - 1, None] + 1
-
-    def _window(self, begin_B1: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of ``size`` tokens from ``begin`` on, kept inside the call; and which needed no keeping."""
-        index_BW = begin_B1 + torch.arange(self.size, device=begin_B1.device)
-        kept_BW = index_BW.clamp(0, self.start_BT.shape[1] - 1)
-        return kept_BW, kept_BW == index_BW
+    def window(self, memory: Memory, pick: Pick, real_BW: Tensor, number: int) -> tuple[Tokens, Found]:
+        return self.tokens.map(pick, real_BW), ()
 
 
-def _slice(tokens: Tokens, place: int, size: int) -> Tokens:
-    return tokens.map(lambda x: x[:, :, place : place + size], tokens.real[:, place : place + size])
-
-
-def _rows(x_BHT: Tensor, index_BW: Tensor, real_BW: Tensor) -> Tensor:
-    """x (B, H, T, ...) at ``index``, 0 where not ``real``: a fill, so that nothing gets through."""
-    shape = (len(index_BW), 1, index_BW.shape[1], *(1,) * (x_BHT.dim() - 3))
-    index = index_BW.view(shape).expand(-1, x_BHT.shape[1], -1, *x_BHT.shape[3:])
-    return x_BHT.gather(2, index).masked_fill(~real_BW.view(shape), 0.0)
-
-
-def _gather(tokens: Tokens, index_BW: Tensor, real_BW: Tensor) -> Tokens:
-    """A window of tokens; those that are not real neither write nor let anything decay."""
-    return tokens.map(lambda x: _rows(x, index_BW, real_BW), real_BW)
+def _joined(found: list[Found]) -> Found:
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
 
 
 def _where(rows_B: Tensor, yes: Weights, no: Weights) -> Weights:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from stepladder.core.config import Field
+from stepladder.models.base import Part
 from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
+from stepladder.models.mixers.join import Chain, Gated
 from stepladder.models.mixers.titans import NeuralMemory
+from stepladder.models.mixers.window import WindowAttention
 from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import SHAPES, Macro, architecture
 from stepladder.models.stack import Stack
@@ -43,8 +46,8 @@ class Remembering(Macro):
     }
     twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
 
-    def memory(self) -> NeuralMemory:
-        """The memory of one block."""
+    def memory(self, gain: float) -> NeuralMemory:
+        """The memory of one block; ``gain`` scales its initial output map."""
         return NeuralMemory(
             self.width,
             self.heads,
@@ -59,8 +62,28 @@ class Remembering(Macro):
             horizon=self.horizon,
             scan=self.scan,
             chunk=self.chunk,
-            gain=residual_gain(self.depth),
+            gain=gain,
         )
+
+    def mixer(self) -> Part:
+        """The mixer of one block."""
+        return self.memory(residual_gain(self.depth))
+
+    def build(self, vocab: int) -> LanguageModel:
+        parts = [part for _ in range(self.depth) for part in self.block(self.mixer(), self.depth)]
+        return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)
+
+
+class Attending(Remembering):
+    """Remembering, with attention beside the memory."""
+
+    window: int = Field(64, ge=1, description="tokens that attention sees")
+    persistent: int = Field(4, ge=0, description="learned tokens that attention sees everywhere")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies of attention")
+
+    def attention(self, gain: float) -> WindowAttention:
+        """Attention in a window."""
+        return WindowAttention(self.width, self.heads, self.window, self.persistent, self.rope_base, gain)
 
 
 @architecture("titans_lmm", tiny=TINY, aliases=("titans",))
@@ -74,6 +97,26 @@ class TitansLMM(Remembering):
     gradients); no persistent tokens, which before a memory alone are another learned M_0; initial scales of this house.
     """
 
-    def build(self, vocab: int) -> LanguageModel:
-        parts = [part for _ in range(self.depth) for part in self.block(self.memory(), self.depth)]
-        return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)
+
+@architecture("titans_mag", tiny=TINY | {"window": 8, "persistent": 2})
+class TitansMAG(Attending):
+    """Blocks of window attention gated by a neural memory, and SwiGLU.
+
+    Source: Titans, section 4.2 (memory as gate). Differs from it in: what ``titans_lmm`` lists; persistent tokens are
+    keys and values of attention alone.
+    """
+
+    def mixer(self) -> Part:
+        return Gated(self.width, self.attention(1.0), self.memory(1.0), residual_gain(self.depth))
+
+
+@architecture("titans_mal", tiny=TINY | {"window": 8, "persistent": 2})
+class TitansMAL(Attending):
+    """Blocks of a neural memory with window attention behind it, and SwiGLU.
+
+    Source: Titans, section 4.3 (memory as layer). Differs from it in: what ``titans_lmm`` lists; a norm between the
+    two; persistent tokens are keys and values of attention alone.
+    """
+
+    def mixer(self) -> Part:
+        return Chain(self.width, self.memory(1.0), self.attention(residual_gain(self.depth)))
