@@ -9,6 +9,7 @@ from torch import Tensor
 from stepladder.models.base import Context, Sink, detach_state, leaves
 from stepladder.models.mixers.delta import naive as delta_rule
 from stepladder.models.mixers.fast_weights import errors, recall
+from stepladder.models.mixers.neural_memory import FastMemory
 from stepladder.models.mixers.titans import NeuralMemory
 from stepladder.models.noise import row_keys
 from stepladder.models.zoo import spec
@@ -25,13 +26,14 @@ PLAIN = {
     "horizon": 0,
     "scan": "chunked",
     "chunk": CHUNK,
-    "gain": 1.0,
 }
 
 
 def build(**fields) -> NeuralMemory:
     torch.manual_seed(0)
-    part = NeuralMemory(WIDTH, HEADS, WIDTH // HEADS, **(PLAIN | fields)).double()
+    fields = PLAIN | fields
+    memory = FastMemory(WIDTH, HEADS, WIDTH // HEADS, **{name: fields[name] for name in fields if name != "conv"})
+    part = NeuralMemory(WIDTH, memory, fields["conv"], gain=1.0).double()
     with torch.no_grad():
         for parameter in part.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -55,7 +57,7 @@ def everything(part: NeuralMemory, x: Tensor, positions_BT: Tensor, state=None, 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_errors_make_up_the_gradient_of_the_inner_loss(layers):
-    weights = [w[0].detach().requires_grad_() for w in build(layers=layers).first]
+    weights = [w[0].detach().requires_grad_() for w in build(layers=layers).memory.first]
     k, v = torch.randn(2, 1, 1, 1, WIDTH // HEADS, dtype=torch.float64)
     batched = tuple(w[None, None] for w in weights)
     loss = 0.5 * (recall(batched, k) - v).square().sum()
@@ -88,33 +90,33 @@ def test_chunks_are_the_recurrence_in_outputs_gradients_and_memory(tokens, field
 def test_a_matrix_without_momentum_and_forgetting_is_the_delta_rule():
     part = build(layers=1, momentum=False, forget=False, chunk=1)
     with torch.no_grad():
-        part.first[0].zero_()
+        part.memory.first[0].zero_()
     x, places = torch.randn(2, 7, WIDTH, dtype=torch.float64), torch.arange(7).expand(2, -1)
-    u, _, told = part.project(x).split(part.sizes, dim=-1)
-    ctx = context(places)
-    tokens = part._tokens(part.conv(u, None, ctx)[0], told, ctx)
+    ctx, memory = context(places), part.memory
+    u, told = memory.project(x).split(memory.sizes, dim=-1)
+    tokens = memory.told(part.conv(u, None, ctx)[0], told)
     q, k, v = (each.transpose(1, 2) for each in (tokens.q, tokens.k, tokens.v))
     beta = tokens.rate.transpose(1, 2)
     start = torch.zeros(2, HEADS, WIDTH // HEADS, WIDTH // HEADS, dtype=torch.float64)
     want, state = delta_rule(q, k, v, beta, 0 * beta, places == 0, start)
     for scan in ("chunked", "naive"):
-        part.scan = scan
-        got, memory = part.run(tokens, None, ctx)
+        memory.scan = scan
+        got, after = memory.run(tokens, None, ctx)
         torch.testing.assert_close(got.transpose(1, 2), want)
-        torch.testing.assert_close(memory.now[0], state)
+        torch.testing.assert_close(after.now[0], state)
 
 
 def test_with_larger_chunks_gradients_are_those_at_the_chunks_start():
     """By autograd: the memory behind a chunk without gates is M_0 less the summed gradient of the chunk's loss."""
     part = build(momentum=False, forget=False, bound=1e9)
     x, places = torch.randn(1, CHUNK, WIDTH, dtype=torch.float64), torch.arange(CHUNK)[None]
-    u, _, told = part.project(x).split(part.sizes, dim=-1)
-    ctx = context(places)
-    tokens = part._tokens(part.conv(u, None, ctx)[0], told, ctx)
-    first = tuple(w.detach()[None].requires_grad_() for w in part.first)
+    ctx, memory = context(places), part.memory
+    u, told = memory.project(x).split(memory.sizes, dim=-1)
+    tokens = memory.told(part.conv(u, None, ctx)[0], told)
+    first = tuple(w.detach()[None].requires_grad_() for w in memory.first)
     loss = (0.5 * tokens.rate * (recall(first, tokens.k) - tokens.v).square().sum(-1)).sum()
     want = [w - g for w, g in zip(first, torch.autograd.grad(loss, first), strict=True)]
-    torch.testing.assert_close(list(part.run(tokens, None, ctx)[1].now), want)
+    torch.testing.assert_close(list(memory.run(tokens, None, ctx)[1].now), want)
 
 
 @pytest.mark.parametrize("scan", ["chunked", "naive"])
@@ -145,7 +147,10 @@ def test_a_memory_that_diverges_stays_finite():
 def test_recomputation_keeps_less_and_changes_nothing():
     def run(recompute: bool) -> tuple[int, list[Tensor]]:
         torch.manual_seed(0)
-        model, tokens = spec("titans_lmm", width=16, depth=1, heads=2, chunk=8).build(11).double(), torch.arange(128) % 11
+        model, tokens = (
+            spec("titans_lmm", width=16, depth=1, heads=2, chunk=8).build(11).double(),
+            torch.arange(128) % 11,
+        )
         kept = 0
 
         def pack(tensor: Tensor) -> Tensor:

@@ -65,14 +65,13 @@ class Layout:
             own_B1 = self.start_BT[:, :1].clamp(max=-1)  # a document that begins here continues nothing
         return index_BW, inside_BW & (self.version_BT.gather(1, index_BW) == number) & (start_BW == own_B1)
 
-    def event(self, number: int, horizon: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of event ``number``: whether a row has it, whether its chunk is fresh, whether gradients stop there (B,)."""
+    def event(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of event ``number``: whether a row has it, whether its chunk is fresh, its document's chunks so far (B,)."""
         when_B1 = self.when_BE[:, number, None]
         some_B1, when_B1 = when_B1 < self.start_BT.shape[1], when_B1.clamp(max=self.start_BT.shape[1] - 1)
         place_B1 = self.positions_BT.gather(1, when_B1)
         opening_B1 = some_B1 & (place_B1 < self.chunk) & (self.start_BT.gather(1, when_B1) >= 0)
-        cut_B1 = (place_B1 // self.chunk + 1) % max(horizon, 1) == 0
-        return some_B1[:, 0], opening_B1[:, 0], cut_B1[:, 0]
+        return some_B1[:, 0], opening_B1[:, 0], place_B1[:, 0] // self.chunk + 1
 
     def until(self, last_B: Tensor, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         """The window that ends with token ``last``, of that token's document only, in the rows ``rows``."""

@@ -8,7 +8,9 @@ from stepladder.core.config import Field
 from stepladder.models.base import Part
 from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
+from stepladder.models.mixers.context import MemoryAsContext
 from stepladder.models.mixers.join import Chain, Gated
+from stepladder.models.mixers.neural_memory import FastMemory
 from stepladder.models.mixers.titans import NeuralMemory
 from stepladder.models.mixers.window import WindowAttention
 from stepladder.models.recurrences.once import Once
@@ -35,7 +37,6 @@ class Remembering(Macro):
     horizon: int = Field(
         0, ge=0, description="chunks of a document after which gradients through writes stop; 0 = never"
     )
-    scan: Literal["chunked", "naive"] = Field("chunked", description="matrix products over chunks, or token by token")
     chunk: int = Field(
         32, ge=1, description="tokens whose inner gradients are taken at one memory; part of the function"
     )
@@ -44,38 +45,47 @@ class Remembering(Macro):
         size: {"width": width, "depth": depth, "heads": heads}
         for size, (width, depth, heads) in (SHAPES | NESTED).items()
     }
-    twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
 
-    def memory(self, gain: float) -> NeuralMemory:
-        """The memory of one block; ``gain`` scales its initial output map."""
-        return NeuralMemory(
+    def fast_memory(self, scan: Literal["chunked", "naive"] = "chunked") -> FastMemory:
+        """The memories of one block."""
+        return FastMemory(
             self.width,
             self.heads,
             max(1, self.width // self.heads),
             layers=self.memory_layers,
             expand=self.memory_expand,
-            conv=self.conv,
             rate=self.rate,
             momentum=self.momentum,
             forget=self.forget,
             bound=self.bound,
             horizon=self.horizon,
-            scan=self.scan,
+            scan=scan,
             chunk=self.chunk,
-            gain=gain,
         )
 
     def mixer(self) -> Part:
         """The mixer of one block."""
-        return self.memory(residual_gain(self.depth))
+        raise NotImplementedError
 
     def build(self, vocab: int) -> LanguageModel:
         parts = [part for _ in range(self.depth) for part in self.block(self.mixer(), self.depth)]
         return LanguageModel(vocab, self.width, Once(Stack(parts)), tied=self.tied)
 
 
-class Attending(Remembering):
-    """Remembering, with attention beside the memory."""
+class Mixing(Remembering):
+    """Remembering, where the memory is a mixer of its own."""
+
+    scan: Literal["chunked", "naive"] = Field("chunked", description="matrix products over chunks, or token by token")
+
+    twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
+
+    def memory(self, gain: float) -> NeuralMemory:
+        """The memory of one block as a mixer; ``gain`` scales its initial output map."""
+        return NeuralMemory(self.width, self.fast_memory(self.scan), self.conv, gain)
+
+
+class Attending(Mixing):
+    """Mixing, with attention in a window beside the memory."""
 
     window: int = Field(64, ge=1, description="tokens that attention sees")
     persistent: int = Field(4, ge=0, description="learned tokens that attention sees everywhere")
@@ -87,7 +97,7 @@ class Attending(Remembering):
 
 
 @architecture("titans_lmm", tiny=TINY, aliases=("titans",))
-class TitansLMM(Remembering):
+class TitansLMM(Mixing):
     """Blocks of a neural memory and SwiGLU: against ``transformer``, the mixer is the one thing that differs.
 
     Source: Behrouz, Zhong & Mirrokni, 2025, "Titans: learning to memorize at test time" (LMM: the memory alone), with
@@ -96,6 +106,9 @@ class TitansLMM(Remembering):
     and gradients taken at their start, reads see the writes up to their own token (the paper's recurrence with stale
     gradients); no persistent tokens, which before a memory alone are another learned M_0; initial scales of this house.
     """
+
+    def mixer(self) -> Part:
+        return self.memory(residual_gain(self.depth))
 
 
 @architecture("titans_mag", tiny=TINY | {"window": 8, "persistent": 2})
@@ -120,3 +133,21 @@ class TitansMAL(Attending):
 
     def mixer(self) -> Part:
         return Chain(self.width, self.memory(1.0), self.attention(residual_gain(self.depth)))
+
+
+@architecture("titans_mac", tiny=TINY | {"persistent": 2})
+class TitansMAC(Remembering):
+    """Blocks of attention over segments and what a neural memory says about them, and SwiGLU.
+
+    Source: Titans, section 4.1 (memory as context); models.mixers.context has the equations. Differs from it in: what
+    ``titans_lmm`` lists; segments are the memory's chunks and counted from a document's first token; an output hears
+    the memory after the write of its own token, there after that of the whole segment, future tokens included; the
+    memory is told the normed output of attention.
+    """
+
+    persistent: int = Field(4, ge=0, description="learned tokens that attention sees everywhere")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies of attention")
+
+    def mixer(self) -> Part:
+        gain = residual_gain(self.depth)
+        return MemoryAsContext(self.width, self.fast_memory(), self.conv, self.persistent, self.rope_base, gain)

@@ -1,0 +1,96 @@
+"""Nested learning: attention with a continuum memory in the place of the feed-forward layer, and its control."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from stepladder.core.config import Field
+from stepladder.models.base import Part
+from stepladder.models.channels.cms import ContinuumMemory, Levels, Rule
+from stepladder.models.layers import residual_gain
+from stepladder.models.lm import LanguageModel
+from stepladder.models.mixers.attention import Attention
+from stepladder.models.recurrences.once import Once
+from stepladder.models.spec import SHAPES, AttentionMacro, architecture
+from stepladder.models.stack import Residual, Stack
+from stepladder.models.zoo.titans import NESTED
+
+TINY = {"width": 16, "depth": 2, "heads": 2, "levels": 3, "chunk": 3, "factor": 2}
+
+
+class Continuum(AttentionMacro):
+    """AttentionMacro with a chain of levels in the place of SwiGLU. ``hidden`` is that of one level."""
+
+    levels: int = Field(3, ge=1, description="levels of the continuum memory, from fast to slow")
+
+    sizes: ClassVar[dict[str, dict[str, Any]]] = {
+        size: {"width": width, "depth": depth, "heads": heads}
+        for size, (width, depth, heads) in (SHAPES | NESTED).items()
+    }
+
+    def level_width(self, teach: bool) -> int:
+        """Hidden width of a level; by default the chain, with its teacher, has the parameters of SwiGLU."""
+        swiglu = 3 * max(8, round(self.width * 8 / 3 / 8) * 8)
+        return self.hidden or max(1, round((swiglu - (self.width if teach else 0)) / (2 * self.levels)))
+
+    def channel(self) -> Part:
+        """What stands in the place of SwiGLU."""
+        raise NotImplementedError
+
+    def build(self, vocab: int) -> LanguageModel:
+        base = self.rope_base if self.positions == "rope" else None
+        gain, parts = residual_gain(self.depth), []
+        for _ in range(self.depth):
+            mixer = Attention(self.width, self.heads, self.kv_heads or self.heads, base, gain)
+            parts += [Residual(self.width, part, self.dropout) for part in (mixer, self.channel())]
+        core = Once(Stack(parts))
+        return LanguageModel(vocab, self.width, core, tied=self.tied, learned_positions=self.learned_positions)
+
+
+@architecture("hope_attention", tiny=TINY)
+class HopeAttention(Continuum):
+    """Blocks of attention and a continuum memory: MLPs that learn at test time, each at its own pace.
+
+    Source: Behrouz et al., 2025, "Nested learning" (Hope-Attention; continuum memory system, eqs. 70-74, sequential
+    form). models.channels.cms has the equations. Differs from it in: the teach signal is local, the chain's own
+    prediction of its next input, where the paper takes the gradient of the task's loss (that one hangs on the whole
+    network, so that every update would wait for a forward of all layers); gradients are means over a period, divided by
+    a layer's inputs, and bounded; rates are learned, one a level; the outer gradient goes through the writes.
+    """
+
+    chunk: int = Field(64, ge=1, description="period of the fastest level in tokens; part of the function")
+    factor: int = Field(4, ge=1, description="period of a level as a multiple of that of the one before")
+    rule: Rule = Field("sgd", description="what a level does with its gradient")
+    rate: float = Field(0.3, gt=0, description="initial inner step of all levels")
+    bound: float = Field(4.0, gt=0, description="root mean square from which inner errors are scaled down")
+    horizon: int = Field(0, ge=0, description="fastest periods of a document after which gradients stop; 0 = never")
+
+    def channel(self) -> Part:
+        levels = Levels(
+            self.width,
+            self.level_width(teach=True),
+            self.levels,
+            self.chunk,
+            self.factor,
+            self.rule,
+            self.rate,
+            self.bound,
+            self.horizon,
+            residual_gain(self.depth),
+        )
+        return ContinuumMemory(self.width, levels, learn=True)
+
+
+@architecture("cms_transformer", tiny={name: TINY[name] for name in ("width", "depth", "heads", "levels")})
+class CMSTransformer(Continuum):
+    """The control of ``hope_attention``: the same chain of MLPs, never written.
+
+    What is left of a difference is what learning at test time brings, not what a chain of small MLPs does. This is the
+    continuum memory at an update frequency of 0 in all levels ("Nested learning", section 7.1). Differs from it in:
+    nothing else.
+    """
+
+    def channel(self) -> Part:
+        width = self.level_width(teach=False)
+        levels = Levels(self.width, width, self.levels, 1, 1, "sgd", 1.0, 1.0, 0, residual_gain(self.depth))
+        return ContinuumMemory(self.width, levels, learn=False)
