@@ -86,13 +86,18 @@ class Layout:
         open_B = (self.start_BT[:, -1] >= 0) & (self.positions_BT[:, -1] < self.chunk - 1)
         return open_B, *self.until(torch.full_like(self.start_BT[:, 0], count - 1), open_B)
 
+    @property
+    def fresh(self) -> Tensor:
+        """The tokens in the first chunk of a document that begins in this call."""
+        return (self.positions_BT < self.chunk) & (self.start_BT >= 0)
+
     def slots(self, begins: bool) -> tuple[Tensor, Tensor]:
         """Where a token is among the windows of all versions, one behind the other; and whether it is fresh instead."""
         count = self.start_BT.shape[1]
         behind_BE = torch.cat([self._behind(number) for number in range(self.events + 1)], dim=1)
         offset_BT = torch.arange(count, device=self.start_BT.device) - behind_BE.gather(1, self.version_BT)
         slot_BT = (self.version_BT - int(begins)) * self.size + offset_BT.clamp(max=self.size - 1)
-        return slot_BT.clamp(min=0), (self.positions_BT < self.chunk) & (self.start_BT >= 0)
+        return slot_BT.clamp(min=0), self.fresh
 
     def _behind(self, number: int) -> Tensor:
         """Index of the first token behind an event (B, 1); of the first token for 0."""
@@ -142,3 +147,10 @@ def blocks(x: Tensor, axis: int, back: int, size: int) -> Tensor:
 def unblocked(y: Tensor, count: int) -> Tensor:
     """(B x blocks, H, size, F) back to (B, H, T, F)."""
     return y.unflatten(0, (-1, -(-count // y.shape[2]))).transpose(1, 2).flatten(2, 3)[:, :, :count]
+
+
+def wanted(some_N: Tensor) -> Tensor:
+    """The places where something is wanted. Neither a GPU nor a compiler is asked for them: there it is everywhere."""
+    if some_N.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.arange(len(some_N), device=some_N.device)
+    return some_N.nonzero()[:, 0]

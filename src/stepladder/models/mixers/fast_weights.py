@@ -111,17 +111,30 @@ def errors(weights: Weights, k_BHNK: Tensor, v_BHNK: Tensor, bound: float) -> tu
     return heard, deltas
 
 
-def decays(tokens: Tokens, document_BN: Tensor, last: int) -> Decays:
-    """The decays within a window of tokens, begun afresh at every document, for its ``last`` tokens as readers."""
-    pairs = (document_BN[:, :, None] == document_BN[:, None]).tril()[:, None]
+def decays(tokens: Tokens, document_BN: Tensor | None, last: int) -> Decays:
+    """The decays within a window of tokens, begun afresh at every document, for its ``last`` tokens as readers.
+
+    document_BN None: all tokens that count are of one document.
+    """
+
+    def since_start(x_BHN: Tensor) -> Tensor:
+        if document_BN is None:
+            return x_BHN.cumsum(-1)
+        return running_sum(x_BHN.transpose(1, 2), document_BN).transpose(1, 2)
+
+    if document_BN is None:
+        count = tokens.keep.shape[-1]
+        pairs = torch.ones(1, 1, count, count, dtype=torch.bool, device=tokens.keep.device).tril()
+    else:
+        pairs = (document_BN[:, :, None] == document_BN[:, None]).tril()[:, None]
     some = slice(-last, None)
-    keep_BHN = running_sum(tokens.keep.transpose(1, 2), document_BN).transpose(1, 2)
+    keep_BHN = since_start(tokens.keep)
     alpha = decay(keep_BHN[..., some, None] - keep_BHN[..., None, :], pairs[..., some, :])
     alpha = alpha * tokens.real[:, None, None]  # a token that does not count adds no S to M
     rate = tokens.rate[..., None, :]
     if tokens.glide is None:
         return Decays(keep_BHN[..., some].exp(), None, alpha * rate, None, None)
-    glide_BHN = running_sum(tokens.glide.transpose(1, 2), document_BN).transpose(1, 2)
+    glide_BHN = since_start(tokens.glide)
     eta = decay(glide_BHN[..., :, None] - glide_BHN[..., None, :], pairs)
     since = glide_BHN.exp()
     b = (alpha @ since[..., None])[..., 0]

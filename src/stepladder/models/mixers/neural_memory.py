@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepladder.models.base import Context
 from stepladder.models.layers import linear
-from stepladder.models.mixers.chunks import Layout, blocks, unblocked
+from stepladder.models.mixers.chunks import Layout, blocks, unblocked, wanted
 from stepladder.models.mixers.fast_weights import (
     Memory,
     Tokens,
@@ -103,7 +103,7 @@ class FastMemory(Walker):
         return errors(base, tokens.k, tokens.v, self.bound)
 
     def step(self, memory: Memory, tokens: Tokens, rows: Rows) -> tuple[Tensor, Memory]:
-        within = decays(tokens, torch.zeros_like(tokens.real, dtype=torch.int64), tokens.q.shape[2])
+        within = decays(tokens, None, tokens.q.shape[2])
         return read(memory, tokens.q, *rows, within), write(memory, *rows, within)
 
     def fresh(self, learned: Memory, tokens: Tokens, rows: Rows, at: Layout) -> Tensor:
@@ -113,14 +113,17 @@ class FastMemory(Walker):
         def both(x: Tensor) -> Tensor:
             return blocks(x, 2, size, size)
 
-        heard, deltas = ([both(each) for each in some] for some in rows)
-        pairs = tokens.map(both, blocks(tokens.real.long(), 1, size, size).bool())
-        within = decays(pairs, blocks(at.start_BT + 1, 1, size, size), size)  # 0 is the document of the padding
-        y = read(replace(learned, momentum=()), pairs.q[:, :, size:], heard, deltas, within)
+        some = wanted(blocks(at.fresh.long(), 1, 0, size).any(1))
+        heard, deltas = ([both(each)[some] for each in them] for them in rows)
+        real_BN = blocks(tokens.real.long(), 1, size, size).bool()
+        pairs = tokens.map(lambda x: both(x)[some], real_BN[some])
+        document_BN = blocks(at.start_BT + 1, 1, size, size)[some]  # 0 is the document of the padding
+        y = read(replace(learned, momentum=()), pairs.q[:, :, size:], heard, deltas, decays(pairs, document_BN, size))
+        y = y.new_zeros(len(real_BN), *y.shape[1:]).index_copy(0, some, y)
         return unblocked(y, tokens.q.shape[2])
 
     def written(self, learned: Memory, tokens: Tokens, rows: Rows) -> Memory:
-        within = decays(tokens, torch.zeros_like(tokens.real, dtype=torch.int64), 1)
+        within = decays(tokens, None, 1)
         return write(replace(learned, momentum=()), *rows, within)
 
     def state_numbers(self) -> int:

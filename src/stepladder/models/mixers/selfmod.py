@@ -106,7 +106,7 @@ class Memories(Walker):
         return recall(self.kinds(learned.base, KINDS - 1, KINDS), tokens.q)
 
     def written(self, learned: Memory, tokens: Tokens, rows: Rows) -> Memory:
-        within = decays(tokens, torch.zeros_like(tokens.real, dtype=torch.int64), 1)
+        within = decays(tokens, None, 1)
         return write(learned, *rows, within)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import Context
-from stepladder.models.mixers.chunks import Gather, Layout, Pick, Slice
+from stepladder.models.mixers.chunks import Gather, Layout, Pick, Slice, wanted
 from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights
 
 Found = tuple[Tensor, ...]
@@ -160,7 +160,8 @@ class Walker(nn.Module):
                 break
             some_B, opening_B, done_B = at.event(number)
             after = memory
-            if at.size == self.chunk:  # else no chunk both begins and ends in this call
+            # A chunk that begins in this call may end in it if the call is long enough, and where a document begins.
+            if at.size == self.chunk and len(wanted(opening_B)):
                 after = choose(opening_B, written(*at.until(at.when_BE[:, number], opening_B)), memory)
             memory = choose(some_B, self.commit(after, done_B), memory)
         open_B, index_BW, real_BW = at.ending()
