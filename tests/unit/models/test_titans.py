@@ -166,3 +166,23 @@ def test_recomputation_keeps_less_and_changes_nothing():
     (plain, want), (less, got) = run(False), run(True)
     torch.testing.assert_close(got, want)
     assert less < plain / 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gated_deltanet", "titans_lmm", "titans_mac", "titans_mag", "titans_mal", "hope_attention", "hope_selfmod"],
+)
+def test_memories_are_float32_under_mixed_precision(name):
+    torch.manual_seed(0)
+    model, tokens = spec(name, "tiny").build(11), torch.arange(22).view(2, 11) % 11
+    documents = (tokens > 7).long()
+    exact = model(tokens, targets=tokens, documents=documents)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, targets=tokens, documents=documents)
+        again = model(tokens, out.state, targets=tokens)
+    torch.testing.assert_close(out.nll_BT, exact.nll_BT, rtol=0.05, atol=0.05)
+    again.nll_BT.mean().backward()
+    weights = [leaf for leaf in leaves(again.state) if leaf.dim() == 4 and leaf.shape[-1] > 1]
+    assert weights
+    assert {leaf.dtype for leaf in weights if name != "titans_mac"} <= {torch.float32}
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

@@ -152,7 +152,9 @@ class _Segments:
     def fresh(self, first: Weights, at: Layout) -> tuple[Tokens, Found]:
         """In blocks of at most a segment, each with the block before it."""
         positions_BT, count = self.ctx.positions_BT, self.q.shape[2]
-        pairs = self._pairs(recall(first, self.asked), positions_BT, self.k, self.v)
+        with no_autocast(self.q.device):
+            heard = recall(first, self.asked)
+        pairs = self._pairs(heard, positions_BT, self.k, self.v)
         document_BN = blocks(at.start_BT + 1, 1, at.size, at.size)
         real_BN = blocks(torch.ones_like(at.start_BT), 1, at.size, at.size).bool()
         same = (document_BN[:, :, None] == document_BN[:, None]) & real_BN[:, None]
@@ -165,7 +167,8 @@ class _Segments:
 
     def window(self, memory: Memory, pick: Pick, real_BW: Tensor, number: int) -> tuple[Tokens, Found]:
         positions_BW = pick(self.ctx.positions_BT[:, None])[:, 0]
-        heard = recall(memory.base, pick(self.asked))
+        with no_autocast(self.q.device):
+            heard = recall(memory.base, pick(self.asked))
         new = self._pairs(heard, positions_BW, pick(self.k), pick(self.v))
         size = new.shape[2]
         mask = torch.ones(size, size, dtype=torch.bool, device=new.device).tril().expand(len(new), -1, -1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import Context
+from stepladder.models.layers import no_autocast
 from stepladder.models.mixers.chunks import Gather, Layout, Pick, Slice, wanted
 from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights
 
@@ -134,8 +135,9 @@ class Walker(nn.Module):
         """Rows of documents, each wherever it is: fresh tokens, then version after version."""
         at, learned = Layout.of(ctx.positions_BT, self.chunk, given is None), self.learned(wide)
         tokens, more = source.fresh(learned.base, at)
-        rows = self.rows(learned.base, tokens)
-        fresh = (self.fresh(learned, tokens, rows, at), *more)
+        with no_autocast(tokens.q.device):
+            rows = self.rows(learned.base, tokens)
+            fresh = (self.fresh(learned, tokens, rows, at), *more)
         if given is None:
             memory = self.start(len(ctx.positions_BT), tokens.q.device, wide)
         else:  # what a finished document left behind, be it infinite, is gone
@@ -146,7 +148,8 @@ class Walker(nn.Module):
             """The learned memory after some fresh tokens, in every row."""
             pick = Gather(index_BW, real_BW)
             heard, deltas = ([pick(each) for each in some] for some in rows)
-            after = self.written(learned, tokens.map(pick, real_BW), (heard, deltas))
+            with no_autocast(tokens.q.device):
+                after = self.written(learned, tokens.map(pick, real_BW), (heard, deltas))
             return after.map(lambda w: w if w.dim() == 4 else w.expand(len(real_BW), *w.shape))
 
         found = []
@@ -179,7 +182,8 @@ class Walker(nn.Module):
         """Read and write the tokens of a window, all of one chunk; recomputed in the backward pass if so asked."""
 
         def step(memory: Memory, window: Tokens) -> tuple[Tensor, Memory]:
-            return self.step(memory, window, self.rows(memory.base, window))
+            with no_autocast(window.q.device):  # memories are float32 whatever other products are made in
+                return self.step(memory, window, self.rows(memory.base, window))
 
         if ctx.recompute and torch.is_grad_enabled():
             return checkpoint(step, memory, window, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
