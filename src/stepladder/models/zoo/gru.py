@@ -19,8 +19,8 @@ class GatedRecurrentUnits(Macro):
     """Blocks of a GRU and SwiGLU: against ``transformer``, the mixer is the one thing that differs.
 
     Source: Cho et al., 2014, "Learning phrase representations using RNN encoder-decoder", with the reset gate behind
-    the recurrent product, as in torch. Differs from it in: one layer a block, inside pre-norm residuals; a linear map of h
-    on the way out; initial scales of this house.
+    the recurrent product, as in torch. Differs from it in: one layer a block, inside pre-norm residuals; a linear map
+    of h on the way out; initial scales of this house.
     """
 
     inner: int | None = Field(

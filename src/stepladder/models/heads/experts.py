@@ -1,0 +1,115 @@
+"""The experts of a planner: one distribution over the vocabulary for each of K plans, given a hidden state.
+
+An expert is evaluated on its own, over as many tokens as make ``BLOCK`` logits, and for the likelihood it leaves K
+normalisers and a few logits a token: neither tokens x K x V nor tokens x V numbers exist at any time in training.
+
+Suffixes as in models.base, and: K plans, J ids that are looked up, F width in front of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stepladder.models.layers import linear
+
+BLOCK = 2**21
+"""At most this many logits of one expert exist at a time in the likelihood: 8 MiB in float32."""
+
+
+class Experts(nn.Module):
+    """Base of the two forms. ``flops``: of all K distributions of a token."""
+
+    def __init__(self, plans: int, vocab: int) -> None:
+        super().__init__()
+        self.plans, self.vocab = plans, vocab
+        self.flops = 0
+
+    def features(self, h_ND: Tensor) -> Tensor:
+        """(N, F): what all experts share."""
+        return h_ND
+
+    def expert(self, features_NF: Tensor, plan: int) -> Tensor:
+        """Logits (N, V) of one expert."""
+        raise NotImplementedError
+
+    def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
+        """Logits (N, K) of one id a token, without those of others."""
+        raise NotImplementedError
+
+    def logits(self, h_ND: Tensor) -> list[Tensor]:
+        """Logits (N, V) of every expert, float32 or wider."""
+        features_NF = self.features(h_ND)
+        return [_wide(self.expert(features_NF, plan)) for plan in range(self.plans)]
+
+    def score(self, h_ND: Tensor, ids_NJ: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalisers (N, K), the log of the sum of exp logits, and the logits (N, J, K) of some ids."""
+        features_NF, rows = self.features(h_ND), max(1, BLOCK // self.vocab)
+        found = []
+        for features, ids in zip(features_NF.split(rows), ids_NJ.split(rows), strict=True):
+            each = [
+                # The plan is an argument, not a captured loop variable: recomputation must meet the same weights.
+                checkpoint(self._block, features, ids, plan, use_reentrant=False, preserve_rng_state=False)
+                if torch.is_grad_enabled()
+                else self._block(features, ids, plan)
+                for plan in range(self.plans)
+            ]
+            found.append([torch.stack(parts, -1) for parts in zip(*each, strict=True)])
+        lse_NK, picked_NJK = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return lse_NK, picked_NJK
+
+    def _block(self, features_NF: Tensor, ids_NJ: Tensor, plan: int) -> tuple[Tensor, Tensor]:
+        logits_NV = _wide(self.expert(features_NF, plan))
+        return logits_NV.logsumexp(-1), logits_NV.gather(1, ids_NJ)
+
+
+class OwnHeads(Experts):
+    """Every plan has a linear head of its own (APEL-R, version 2): logits_k = W_k h. K heads cost K heads."""
+
+    def __init__(self, width: int, vocab: int, plans: int) -> None:
+        super().__init__(plans, vocab)
+        self.heads = linear(width, plans * vocab, gain=0.25)
+        self.flops = 2 * self.heads.weight.numel()
+
+    def expert(self, features_NF: Tensor, plan: int) -> Tensor:
+        first = plan * self.vocab
+        return F.linear(features_NF, self.heads.weight[first : first + self.vocab])
+
+    def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
+        each_KND = self.heads.weight.unflatten(0, (self.plans, self.vocab))[:, ids_N]
+        return _wide(each_KND * h_ND).sum(-1).t()
+
+
+class SharedHead(Experts):
+    """One head, told the plan (APEL-R, version 1): logits_k = W_o tanh(W_s h + b + p_k) + v_k.
+
+    Differs from it in: the plan's vector p_k is learned as such (there W_p u_k, one vector with two sets of
+    parameters); no dropout of its own.
+    """
+
+    def __init__(self, width: int, inner: int, vocab: int, plans: int) -> None:
+        super().__init__(plans, vocab)
+        self.state, self.out = linear(width, inner), linear(inner, vocab, gain=0.25)
+        # Vectors: the optimizer does not decay them.
+        self.bias = nn.Parameter(torch.zeros(inner))
+        self.plan = nn.Parameter(torch.randn(plans * inner) * 0.1)
+        self.words = nn.Parameter(torch.zeros(plans * vocab))
+        self.flops = 2 * (self.state.weight.numel() + plans * self.out.weight.numel())
+
+    def features(self, h_ND: Tensor) -> Tensor:
+        return F.linear(h_ND, self.state.weight, self.bias)
+
+    def expert(self, features_NF: Tensor, plan: int) -> Tensor:
+        fused_NF = torch.tanh(features_NF + self.plan.unflatten(0, (self.plans, -1))[plan])
+        return F.linear(fused_NF, self.out.weight, self.words.unflatten(0, (self.plans, -1))[plan])
+
+    def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
+        fused_NKF = torch.tanh(self.features(h_ND)[:, None] + self.plan.unflatten(0, (self.plans, -1)))
+        own_NK = _wide(fused_NKF * self.out.weight[ids_N][:, None]).sum(-1)
+        return own_NK + self.words.unflatten(0, (self.plans, -1))[:, ids_N].t()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,156 @@
+"""APEL-R: a language model whose next token is a mixture over plans, under a belief filtered along the text."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from stepladder.core.config import Field
+from stepladder.core.errors import UserError
+from stepladder.models.base import Part
+from stepladder.models.heads.experts import Experts, OwnHeads, SharedHead
+from stepladder.models.heads.plan_losses import NAMES, PlanLosses
+from stepladder.models.heads.planner import Plan, PlannerHead
+from stepladder.models.layers import residual_gain
+from stepladder.models.lm import LanguageModel
+from stepladder.models.mixers.attention import Attention
+from stepladder.models.mixers.gru import GRU, units_like_attention
+from stepladder.models.mixers.mamba2 import Mamba2
+from stepladder.models.recurrences.once import Once
+from stepladder.models.spec import AttentionMacro, architecture
+from stepladder.models.stack import Stack
+
+TINY = {
+    "width": 16,
+    "depth": 2,
+    "plans": 3,
+    "chunk": 3,
+    "usage": 0.05,
+    "boundary_entropy": 0.02,
+    "plan_mi": 0.1,
+    "repetition": 0.02,
+    "window": 4,
+    "sampled": 0.5,
+}
+
+
+class Planned(AttentionMacro):
+    """What both versions share: an executor of this house under a planner's head. See apelr_v2."""
+
+    executor: Literal["attention", "gru", "mamba2"] = Field("attention", description="the mixer of the blocks")
+    inner: int | None = Field(None, ge=1, description="gru: units; default: the parameters of attention")
+    head_width: int = Field(64, ge=1, description="mamba2: channels of a head; divides 2 x width")
+    state: int = Field(64, ge=1, description="mamba2: state size of a channel")
+
+    plans: int = Field(8, ge=1, description="plans K; 1 = the executor with a softmax head")
+    chunk: int = Field(16, ge=1, description="tokens of a document from one move of the plan to the next")
+    filtering: bool = Field(True, description="whether tokens are evidence; else the belief stays through a chunk")
+    context: Literal["mean", "last", "none"] = Field("mean", description="hidden states that are evidence at a move")
+    self_bias: float = Field(1.8, description="logit of staying with a plan, at the start; of all others: 0")
+    lookahead: int = Field(2, ge=0, description="chunks ahead that the gate's forecast averages; 0 = none")
+    feedback: float = Field(0.25, ge=0, le=1, description="share of the forecast in the gate")
+    temperature: float = Field(1.0, gt=0, description="of the gate; the belief itself has none")
+    commitment: Literal["soft", "hard"] = Field("soft", description="hard: a plan is sampled at every move")
+    commit_temperature: float = Field(1.0, gt=0, description="hard: of the softmax that lends a sample its slope")
+    leak: float = Field(1e-4, gt=0, lt=1, description="hard: belief that stays with all plans")
+    control: Literal["filtered", "frozen", "uniform", "forced"] = Field(
+        "filtered",
+        description="filtered: the planner; else a fixed gate of the same parameters: prior, uniform, one plan",
+    )
+    forced: int = Field(0, ge=0, description="forced: which plan")
+    scan: Literal["parallel", "naive"] = Field("parallel", description="one scan over chunks, or the loop over tokens")
+
+    usage: float = Field(0.0, ge=0, description="price of unequal use of plans, in nats, in the objective")
+    boundary_entropy: float = Field(0.0, ge=0, description="price of an unsure belief at a chunk's start")
+    token_entropy: float = Field(0.0, ge=0, description="price of an unsure belief at a token")
+    posterior: float = Field(0.0, ge=0, description="price of a belief that a chunk's mean state does not tell")
+    plan_mi: float = Field(0.0, ge=0, description="worth of information of the plan about the next token")
+    plan_js: float = Field(0.0, ge=0, description="worth of divergence between experts")
+    repetition: float = Field(0.0, ge=0, description="price of probability of what the window holds")
+    window: int = Field(32, ge=1, description="repetition: tokens that the window holds")
+    sampled: float = Field(0.125, gt=0, le=1, description="share of tokens for terms over the whole vocabulary")
+
+    twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
+    first: ClassVar[int] = 1
+    """Tokens of a document before the first that counts for chunks: with 1, moves lie behind m, 2m, ... tokens."""
+
+    def mixer(self) -> Part:
+        """One mixer of the executor."""
+        gain = residual_gain(self.depth)
+        if self.executor == "gru":
+            return GRU(self.width, self.inner or units_like_attention(self.width), "fused", gain)
+        if self.executor == "mamba2":
+            return Mamba2(self.width, 2 * self.width, self.head_width, 1, self.state, 4, "chunked", 64, gain)
+        base = self.rope_base if self.positions == "rope" else None
+        return Attention(self.width, self.heads, self.kv_heads or self.heads, base, gain)
+
+    def experts(self, vocab: int) -> Experts:
+        """The distributions that are mixed."""
+        raise NotImplementedError
+
+    def build(self, vocab: int) -> LanguageModel:
+        if self.tied:
+            raise UserError("tied=true: an embedding cannot be the head of several experts; leave tied out")
+        parts = [part for _ in range(self.depth) for part in self.block(self.mixer(), self.depth)]
+        plan = Plan(
+            self.plans,
+            self.chunk,
+            self.first,
+            self.filtering,
+            self.context,
+            self.self_bias,
+            self.lookahead,
+            self.feedback,
+            self.temperature,
+            self.commitment,
+            self.commit_temperature,
+            self.leak,
+            self.control,
+            self.forced,
+            self.scan,
+        )
+        prices = {name: getattr(self, name) for name in NAMES}
+        losses = PlanLosses(prices, self.width, self.plans, self.chunk, self.first, self.window, self.sampled)
+        head = PlannerHead(self.width, self.experts(vocab), plan, losses)
+        core = Once(Stack(parts))
+        return LanguageModel(vocab, self.width, core, learned_positions=self.learned_positions, head=head)
+
+
+@architecture("apelr_v2", tiny={**TINY, "heads": 2}, aliases=("apelr",))
+class PlannerRequired(Planned):
+    """Every plan has a head of its own: without the planner's gate there is no way to the vocabulary.
+
+    TEXT
+    """
+
+    def experts(self, vocab: int) -> Experts:
+        return OwnHeads(self.width, vocab, self.plans)
+
+
+@architecture(
+    "apelr_v1",
+    tiny={
+        **TINY,
+        "executor": "gru",
+        "inner": 12,
+        "fusion": 12,
+        "posterior": 0.1,
+        "token_entropy": 0.01,
+        "plan_js": 0.1,
+    },
+)
+class FilteredMixture(Planned):
+    """One head that is told the plan; the belief is filtered, and gates the mixture as it is.
+
+    TEXT
+    """
+
+    context: Literal["mean", "last", "none"] = Field("last", description="hidden states that are evidence at a move")
+    self_bias: float = Field(1.5, description="logit of staying with a plan, at the start; of all others: 0")
+    lookahead: int = Field(0, ge=0, description="chunks ahead that the gate's forecast averages; 0 = none")
+    feedback: float = Field(0.0, ge=0, le=1, description="share of the forecast in the gate")
+    fusion: int | None = Field(None, ge=1, description="width in front of the vocabulary; default: width")
+
+    first: ClassVar[int] = 0
+
+    def experts(self, vocab: int) -> Experts:
+        return SharedHead(self.width, self.fusion or self.width, vocab, self.plans)
