@@ -47,7 +47,9 @@ def test_a4_scan_is_the_recursion(chunk, first, packed, sharp, sample):
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-10 * sharp)
         weights = torch.randn(found[0].now.shape, generator=g, dtype=torch.float64)
         slopes = [
-            torch.autograd.grad((each.now * weights + each.chosen.exp()).sum(), raw, allow_unused=True)
+            torch.autograd.grad(
+                (each.now * weights + each.chosen.exp()).sum(), raw, allow_unused=True, retain_graph=True
+            )
             for each in found
         ]
         for ours, theirs in zip(*slopes, strict=True):
@@ -83,7 +85,7 @@ def test_it_is_the_forward_pass_of_a_hidden_markov_model():
 
 def test_what_a_finished_document_left_behind_is_gone():
     """Infinite and undefined numbers of one document reach neither beliefs nor slopes of the next."""
-    raw, chain, heard, before, _ = some(20, 4, 1, False)
+    _, chain, heard, before, _ = some(20, 4, 1, False)
     start = heard.start_BT.clone()
     start[:, 7] = True
     positions = torch.arange(20).where(torch.arange(20) < 7, torch.arange(20) - 7)

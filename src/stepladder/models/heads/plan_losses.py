@@ -32,12 +32,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import Context, Cost
-from stepladder.models.heads import softmax
 from stepladder.models.heads.belief import Belief, segment_sums
 from stepladder.models.heads.experts import Experts
 from stepladder.models.noise import uniform
 
 SITE = -(2**20) - 1
+
+ROWS = 16
+"""Tokens whose K distributions exist at a time in terms over the whole vocabulary."""
 
 NAMES = ("token_entropy", "boundary_entropy", "usage", "posterior", "plan_mi", "plan_js", "repetition")
 
@@ -70,7 +72,7 @@ class Heard:
             else torch.cat(column, 1)
             for column in columns
         ]
-        return Heard(*whole)
+        return Heard(*whole)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -180,19 +182,20 @@ class PlanLosses(nn.Module):
             both_N2 = torch.where(drawn_N[:, None], both_N2, 0.0)
         else:
             index = drawn_N.nonzero()[:, 0]
-            some_N2 = self._blocks(h_ND[index], gate_NK[index], experts)
+            some_N2 = self._blocks(h_ND[index], gate_NK[index], experts) if len(index) else gate_NK.new_zeros(0, 2)
             both_N2 = some_N2.new_zeros(len(h_ND), 2).index_copy(0, index, some_N2)
         mi, js = (both_N2 / self.sampled).unflatten(0, ctx.positions_BT.shape).unbind(-1)
         return mi, js
 
     def _blocks(self, h_ND: Tensor, gate_NK: Tensor, experts: Experts) -> Tensor:
-        rows = max(1, softmax.CHUNK // (self.plans * experts.vocab))
-        names = "plan_mi" in self.prices, "plan_js" in self.prices
-        parts = zip(h_ND.split(rows), gate_NK.split(rows), strict=True)
+        """Blocks of one size, the last one filled up: how many are drawn must not change how a token's sums round."""
+        names, tokens = ("plan_mi" in self.prices, "plan_js" in self.prices), len(h_ND)
+        h_ND, gate_NK = (F.pad(each, (0, 0, 0, -tokens % ROWS)) for each in (h_ND, gate_NK))
+        parts = zip(h_ND.split(ROWS), gate_NK.split(ROWS), strict=True)
         found = [
             checkpoint(_words, h, g, experts, *names, use_reentrant=False, preserve_rng_state=False) for h, g in parts
         ]
-        return torch.cat(found)
+        return torch.cat(found)[:tokens]
 
     def init_state(self, like_BK: Tensor) -> Carried | None:
         """At the start of a sequence: zeros, which are never read."""

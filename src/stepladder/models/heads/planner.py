@@ -133,10 +133,10 @@ class PlannerHead(Head):
             return logits, nll_BT, None
         with no_autocast(h_BTD.device):
             kept = self.losses(heard, self.experts, start.losses, ctx, scored=targets_BT is not None)
-        last = heard.belief.last()
+        now_BK, chosen_BK = heard.belief.last()
         sums_BK = None if told.sums_BTK is None else told.sums_BTK[:, -1]
-        past = (h_BTD[:, -1], heard.lse_BTK[:, -1]) if self.plan.filtering else (None, None)
-        return logits, nll_BT, Carried(*last, *past, sums_BK, kept)
+        h_BD, lse_BK = (h_BTD[:, -1].clone(), heard.lse_BTK[:, -1].clone()) if self.plan.filtering else (None, None)
+        return logits, nll_BT, Carried(now_BK, chosen_BK, h_BD, lse_BK, sums_BK, kept)
 
     def _nll(
         self, h_BTD: Tensor, ids_BTJ: Tensor, told: Told, first_BK: Tensor, start: Carried, targets_BT: Tensor
@@ -223,6 +223,7 @@ class PlannerHead(Head):
             if plan.context == "mean":
                 # The map is linear, so what is carried of a chunk is K sums and not its hidden states.
                 anew_BT = first_BT | boundary(position_BT - 1, plan.chunk, plan.first)
+                assert start.heard_BK is not None
                 carried_BK = start.heard_BK.masked_fill(anew_BT[:, :1], 0.0)
                 joined = torch.cat((context_BTK[:, :1] + carried_BK[:, None], context_BTK[:, 1:]), 1)
                 sums_BTK = segment_sums(joined, anew_BT, plan.chunk + 1)
@@ -255,10 +256,10 @@ class PlannerHead(Head):
         """Zeros: a document's first token reads none of them."""
         wide = torch.promote_types(dtype, torch.float32)
         none_BK = torch.zeros(batch, self.plan.plans, device=device, dtype=wide)
-        h_BD = torch.zeros(batch, self.width, device=device, dtype=dtype)
-        past = (h_BD, none_BK) if self.plan.filtering else (None, None)
+        h_BD = torch.zeros(batch, self.width, device=device, dtype=dtype) if self.plan.filtering else None
+        lse_BK = none_BK if self.plan.filtering else None
         heard_BK = none_BK if self.plan.context == "mean" else None
-        return Carried(none_BK, none_BK, *past, heard_BK, self.losses.init_state(none_BK))
+        return Carried(none_BK, none_BK, h_BD, lse_BK, heard_BK, self.losses.init_state(none_BK))
 
     def cost(self) -> Cost:
         """The experts, and the context's map where there is a belief; what is in K numbers a token is elementwise."""
