@@ -240,7 +240,7 @@ def test_nothing_of_tokens_by_vocabulary_exists_in_training(monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            made.extend(t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if t is not None)
+            made.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
             return out
 
     with Watch():

@@ -31,8 +31,12 @@ class Experts(nn.Module):
         """(N, F): what all experts share."""
         return h_ND
 
-    def expert(self, features_NF: Tensor, plan: int) -> Tensor:
-        """Logits (N, V) of one expert."""
+    def own(self) -> list[tuple[Tensor, ...]]:
+        """What each expert has of its own. Taken apart once: slices would each give a gradient of the whole."""
+        raise NotImplementedError
+
+    def expert(self, features_NF: Tensor, *own: Tensor) -> Tensor:
+        """Logits (N, V) of the expert that has ``own``."""
         raise NotImplementedError
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
@@ -42,26 +46,26 @@ class Experts(nn.Module):
     def logits(self, h_ND: Tensor) -> list[Tensor]:
         """Logits (N, V) of every expert, float32 or wider."""
         features_NF = self.features(h_ND)
-        return [_wide(self.expert(features_NF, plan)) for plan in range(self.plans)]
+        return [_wide(self.expert(features_NF, *own)) for own in self.own()]
 
     def score(self, h_ND: Tensor, ids_NJ: Tensor) -> tuple[Tensor, Tensor]:
         """Normalisers (N, K), the log of the sum of exp logits, and the logits (N, J, K) of some ids."""
-        features_NF, rows = self.features(h_ND), max(1, BLOCK // self.vocab)
+        features_NF, rows, experts = self.features(h_ND), max(1, BLOCK // self.vocab), self.own()
         found = []
         for features, ids in zip(features_NF.split(rows), ids_NJ.split(rows), strict=True):
             each = [
-                # The plan is an argument, not a captured loop variable: recomputation must meet the same weights.
-                checkpoint(self._block, features, ids, plan, use_reentrant=False, preserve_rng_state=False)
+                # The expert is an argument, not a captured loop variable: recomputation must meet the same weights.
+                checkpoint(self._block, features, ids, *own, use_reentrant=False, preserve_rng_state=False)
                 if torch.is_grad_enabled()
-                else self._block(features, ids, plan)
-                for plan in range(self.plans)
+                else self._block(features, ids, *own)
+                for own in experts
             ]
             found.append([torch.stack(parts, -1) for parts in zip(*each, strict=True)])
         lse_NK, picked_NJK = (torch.cat(parts) for parts in zip(*found, strict=True))
         return lse_NK, picked_NJK
 
-    def _block(self, features_NF: Tensor, ids_NJ: Tensor, plan: int) -> tuple[Tensor, Tensor]:
-        logits_NV = _wide(self.expert(features_NF, plan))
+    def _block(self, features_NF: Tensor, ids_NJ: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = _wide(self.expert(features_NF, *own))
         return logits_NV.logsumexp(-1), logits_NV.gather(1, ids_NJ)
 
 
@@ -73,9 +77,11 @@ class OwnHeads(Experts):
         self.heads = linear(width, plans * vocab, gain=0.25)
         self.flops = 2 * self.heads.weight.numel()
 
-    def expert(self, features_NF: Tensor, plan: int) -> Tensor:
-        first = plan * self.vocab
-        return F.linear(features_NF, self.heads.weight[first : first + self.vocab])
+    def own(self) -> list[tuple[Tensor, ...]]:
+        return [(weight_VD,) for weight_VD in self.heads.weight.unflatten(0, (self.plans, self.vocab)).unbind(0)]
+
+    def expert(self, features_NF: Tensor, *own: Tensor) -> Tensor:
+        return F.linear(features_NF, *own)
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
         each_KND = self.heads.weight.unflatten(0, (self.plans, self.vocab))[:, ids_N]
@@ -101,9 +107,14 @@ class SharedHead(Experts):
     def features(self, h_ND: Tensor) -> Tensor:
         return F.linear(h_ND, self.state.weight, self.bias)
 
-    def expert(self, features_NF: Tensor, plan: int) -> Tensor:
-        fused_NF = torch.tanh(features_NF + self.plan.unflatten(0, (self.plans, -1))[plan])
-        return F.linear(fused_NF, self.out.weight, self.words.unflatten(0, (self.plans, -1))[plan])
+    def own(self) -> list[tuple[Tensor, ...]]:
+        return list(
+            zip(*(each.unflatten(0, (self.plans, -1)).unbind(0) for each in (self.plan, self.words)), strict=True)
+        )
+
+    def expert(self, features_NF: Tensor, *own: Tensor) -> Tensor:
+        plan_F, words_V = own
+        return F.linear(torch.tanh(features_NF + plan_F), self.out.weight, words_V)
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
         fused_NKF = torch.tanh(self.features(h_ND)[:, None] + self.plan.unflatten(0, (self.plans, -1)))
