@@ -5,6 +5,7 @@ import re
 
 import broken
 import broken_models
+import broken_planner  # noqa: F401 (it notes its miniatures)
 import broken_vectur
 import miniature
 import numpy as np

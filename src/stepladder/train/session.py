@@ -170,7 +170,7 @@ def _rehearse(run: Run, model: LanguageModel, stream: Stream, also: Callable[[Ru
         torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets, batch.documents)
     )
     with torch.no_grad():
-        objective(model(tokens, targets=targets, documents=documents, key=0), targets, run.train.losses)
+        objective(model(tokens, targets=targets, documents=documents, key=0), targets, run.train.at(0).losses)
 
 
 # The directory ------------------------------------------------------------------------------------------------------
