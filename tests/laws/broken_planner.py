@@ -50,7 +50,7 @@ class EpsilonByCall(_Planned):
             return super()._filter(h, lse, said, told, first, Belief(now, before.chosen))
 
 
-@breaks(causal="moved by .*after changing targets", twin="nll moved by")
+@breaks(rows="moved by .*half of the targets not scored", twin="nll moved by")
 class FiltersByTarget(_Planned):
     """Evidence from the target where there is one: in training the answer, in generation the token."""
 

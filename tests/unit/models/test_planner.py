@@ -287,6 +287,31 @@ def test_a13_terms_are_those_of_the_specification():
         torch.testing.assert_close(out.losses["repetition"][row, place], want)
 
 
+def test_a13_the_contrastive_term_tells_chunks_to_come_from_those_that_were():
+    chunk, future, negatives = 4, 2, 3
+    model = model_of(contrastive=1.0, chunk=chunk, future=future, negatives=negatives, contrast_temperature=0.3)
+    x, y = batch_of(30)
+    out = model(x, targets=y, trace=True)
+    h, part = hidden(model, x), model.head.losses.foresight
+    plan_KD = part.plan.view(3, -1)
+    want = torch.zeros(2, 30).double()
+    for row in range(2):
+        ends = range(chunk - 1, 30, chunk)
+        f = [F.normalize(part.summary(h[row, end - chunk + 1 : end + 1].mean(0)), dim=0) for end in ends]
+        v = [F.normalize(out.trace["plan"][row, end - 1] @ plan_KD, dim=0) for end in ends]
+        for j, end in enumerate(ends):
+            some = f[max(0, j - negatives) : j + 1]
+            misses = [
+                -(torch.stack([v[j - d] @ each for each in some]) / 0.3).log_softmax(0)[-1]
+                for d in range(1, future + 1)
+                if j >= d
+            ]
+            want[row, end] = chunk * torch.stack(misses).mean() if misses else 0.0
+    torch.testing.assert_close(out.losses["contrastive"], want)
+    with pytest.raises(UserError, match="raise chunk"):
+        spec("apelr_v2", "tiny", chunk=1).build(VOCAB)
+
+
 def test_usage_at_the_best_marginal_is_the_divergence_from_uniform():
     g = torch.Generator().manual_seed(0)
     raw = torch.randn(50, 4, generator=g, dtype=torch.float64).requires_grad_()

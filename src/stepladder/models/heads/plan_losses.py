@@ -15,6 +15,7 @@ plan_mi (MI): - [ H(sum_k g_k p_k) - sum_k g_k H(p_k) ], the information of the 
 plan_js (JS): - mean over pairs i < j of JS(p_i, p_j), maximised; at most ln 2, which experts of disjoint words reach.
 repetition (REPU): mean over the different ids u of the last ``window`` tokens, other than the token that came, of
     -log(1 - p(u)); told at the token that came. The window ends with the token before it.
+contrastive (FCL): see heads.foresight.
 
 The terms over the whole vocabulary are made on a share ``sampled`` of the tokens, drawn by the call's key, and divided
 by it: no bias, less cost.
@@ -31,9 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepladder.core.errors import UserError
 from stepladder.models.base import Context, Cost
 from stepladder.models.heads.belief import Belief, segment_sums
 from stepladder.models.heads.experts import Experts
+from stepladder.models.heads.foresight import Foresight, Remembered
 from stepladder.models.noise import uniform
 
 SITE = -(2**20) - 1
@@ -41,7 +44,16 @@ SITE = -(2**20) - 1
 ROWS = 16
 """Tokens whose K distributions exist at a time in terms over the whole vocabulary."""
 
-NAMES = ("token_entropy", "boundary_entropy", "usage", "posterior", "plan_mi", "plan_js", "repetition")
+NAMES = (
+    "token_entropy",
+    "boundary_entropy",
+    "usage",
+    "posterior",
+    "plan_mi",
+    "plan_js",
+    "repetition",
+    "contrastive",
+)
 
 
 @dataclass(frozen=True)
@@ -77,19 +89,29 @@ class Heard:
 
 @dataclass(frozen=True)
 class Carried:
-    """What terms carry, (B, ...): the belief, the chunk's sums for ``posterior``; ids and log p for ``repetition``."""
+    """What terms carry, (B, ...): beliefs; the chunk's sums for ``posterior``; ids and log p for ``repetition``."""
 
     now_BK: Tensor
+    chosen_BK: Tensor
     sums_BK: Tensor | None
     ids_BW: Tensor | None
     said_BW: Tensor | None
+    foresight: Remembered | None
 
 
 class PlanLosses(nn.Module):
     """The terms with a price. chunk, first: of the planner. ``sampled``, ``window``: see the module."""
 
     def __init__(
-        self, prices: Mapping[str, float], width: int, plans: int, chunk: int, first: int, window: int, sampled: float
+        self,
+        prices: Mapping[str, float],
+        width: int,
+        plans: int,
+        chunk: int,
+        first: int,
+        window: int,
+        sampled: float,
+        foresight: Foresight,
     ) -> None:
         super().__init__()
         self.prices = {name: price for name, price in prices.items() if price}
@@ -97,6 +119,9 @@ class PlanLosses(nn.Module):
         self.window = window if "repetition" in self.prices else 0
         self.marginal = nn.Parameter(torch.zeros(plans)) if "usage" in self.prices else None
         self.posterior = nn.Linear(width, plans) if "posterior" in self.prices else None
+        self.foresight = foresight if "contrastive" in self.prices else None
+        if self.foresight is not None and chunk < 2:
+            raise UserError("contrastive: chunks of one token have nothing to foresee; raise chunk, or leave it out")
         if self.posterior is not None:
             nn.init.normal_(self.posterior.weight, std=1 / math.sqrt(width))
             nn.init.zeros_(self.posterior.bias)
@@ -142,7 +167,21 @@ class PlanLosses(nn.Module):
             ids = torch.cat((state.ids_BW, ctx.tokens_BT), 1)
             ids_BW = ids[:, -self.window :]
             add("repetition", lambda: repetition(earlier_BTW, ids.unfold(1, self.window, 1)[:, :-1], ctx))
-        return Carried(now[:, -1], None if sums_BTK is None else sums_BTK[:, -1], ids_BW, said_BW)
+        foresight = None
+        if self.foresight is not None:
+            assert state.foresight is not None
+            position_BT = ctx.positions_BT
+            earlier_BTK = torch.cat((state.chosen_BK[:, None], chosen[:, :-1]), 1)
+            order_BT = (position_BT + self.first) // self.chunk - 1
+            ends = heard.boundary_BT, self._anew(ctx), order_BT
+            miss_BT, foresight = self.foresight(heard.h_BTD, earlier_BTK, *ends, state.foresight, ctx)
+            add("contrastive", lambda: miss_BT)
+        last_BK = None if sums_BTK is None else sums_BTK[:, -1]
+        return Carried(now[:, -1], chosen[:, -1], last_BK, ids_BW, said_BW, foresight)
+
+    def _anew(self, ctx: Context) -> Tensor:
+        """Whether a token is the first of its chunk."""
+        return (ctx.positions_BT == 0) | boundary(ctx.positions_BT - 1, self.chunk, self.first)
 
     def _adder(self, ctx: Context, scored: bool) -> Callable[[str, Callable[[], Tensor]], None]:
         def add(name: str, term: Callable[[], Tensor]) -> None:
@@ -155,7 +194,7 @@ class PlanLosses(nn.Module):
         """The map of hidden states, summed inside chunks."""
         assert self.posterior is not None
         assert state.sums_BK is not None
-        anew_BT = (ctx.positions_BT == 0) | boundary(ctx.positions_BT - 1, self.chunk, self.first)
+        anew_BT = self._anew(ctx)
         mine_BTK = F.linear(heard.h_BTD.to(state.sums_BK.dtype), self.posterior.weight.to(state.sums_BK.dtype))
         carried_BK = state.sums_BK.masked_fill(anew_BT[:, :1], 0.0)
         joined = torch.cat((mine_BTK[:, :1] + carried_BK[:, None], mine_BTK[:, 1:]), 1)
@@ -199,23 +238,24 @@ class PlanLosses(nn.Module):
 
     def init_state(self, like_BK: Tensor) -> Carried | None:
         """At the start of a sequence: zeros, which are never read."""
-        if self.posterior is None and not self.window:
+        if self.posterior is None and not self.window and self.foresight is None:
             return None
         ids = said = None
         if self.window:
             said = like_BK.new_zeros(len(like_BK), self.window)
             ids = said.long()
-        zeros = torch.zeros_like(like_BK)
-        return Carried(zeros, None if self.posterior is None else zeros, ids, said)
+        sums_BK = None if self.posterior is None else like_BK
+        foresight = None if self.foresight is None else self.foresight.init_state(like_BK)
+        return Carried(like_BK, like_BK, sums_BK, ids, said, foresight)
 
     def cost(self, size: int) -> Cost:
         """FLOPs and state bytes, ``size`` a number; what is sampled is trained only, and left out."""
-        if self.posterior is None and not self.window:
+        if self.posterior is None and not self.window and self.foresight is None:
             return Cost()
-        state = self.plans * size + self.window * (size + 8)
-        if self.posterior is None:
-            return Cost(0, 0, state)
-        return Cost(0, 2 * self.posterior.weight.numel(), state + self.plans * size)
+        found = Cost(0, 0, 2 * self.plans * size + self.window * (size + 8))
+        if self.posterior is not None:
+            found = found + Cost(0, 2 * self.posterior.weight.numel(), self.plans * size)
+        return found if self.foresight is None else found + self.foresight.cost(size)
 
 
 def boundary(position_BT: Tensor, chunk: int, first: int) -> Tensor:

@@ -8,6 +8,7 @@ from stepladder.core.config import Field
 from stepladder.core.errors import UserError
 from stepladder.models.base import Part
 from stepladder.models.heads.experts import Experts, OwnHeads, SharedHead
+from stepladder.models.heads.foresight import Foresight
 from stepladder.models.heads.plan_losses import NAMES, PlanLosses
 from stepladder.models.heads.planner import Plan, PlannerHead
 from stepladder.models.layers import residual_gain
@@ -29,6 +30,8 @@ TINY = {
     "plan_mi": 0.1,
     "repetition": 0.02,
     "window": 4,
+    "contrastive": 0.1,
+    "negatives": 3,
     "sampled": 0.5,
 }
 
@@ -66,6 +69,10 @@ class Planned(AttentionMacro):
     plan_mi: float = Field(0.0, ge=0, description="worth of information of the plan about the next token")
     plan_js: float = Field(0.0, ge=0, description="worth of divergence between experts")
     repetition: float = Field(0.0, ge=0, description="price of probability of what the window holds")
+    contrastive: float = Field(0.0, ge=0, description="price of plans that do not foresee their document's chunks")
+    future: int = Field(2, ge=1, description="contrastive: chunks ahead")
+    negatives: int = Field(16, ge=1, description="contrastive: earlier chunks that the one to come is told from")
+    contrast_temperature: float = Field(1.0, gt=0, description="contrastive: divides the cosines")
     window: int = Field(32, ge=1, description="repetition: tokens that the window holds")
     sampled: float = Field(0.125, gt=0, le=1, description="share of tokens for terms over the whole vocabulary")
 
@@ -109,7 +116,11 @@ class Planned(AttentionMacro):
             self.scan,
         )
         prices = {name: getattr(self, name) for name in NAMES}
-        losses = PlanLosses(prices, self.width, self.plans, self.chunk, self.first, self.window, self.sampled)
+        foresight = Foresight(
+            self.width, self.plans, self.chunk, self.future, self.negatives, self.contrast_temperature
+        )
+        shape = self.width, self.plans, self.chunk, self.first
+        losses = PlanLosses(prices, *shape, self.window, self.sampled, foresight)
         head = PlannerHead(self.width, self.experts(vocab), plan, losses)
         core = Once(Stack(parts))
         return LanguageModel(vocab, self.width, core, learned_positions=self.learned_positions, head=head)
