@@ -8,11 +8,14 @@ Suffixes as in models.base, and: K plans, J ids that are looked up, F width in f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stepladder.models.kernels import experts as kernel
 from stepladder.models.layers import linear
 
 BLOCK = 2**21
@@ -31,12 +34,8 @@ class Experts(nn.Module):
         """(N, F): what all experts share."""
         return h_ND
 
-    def own(self) -> list[tuple[Tensor, ...]]:
-        """What each expert has of its own. Taken apart once: slices would each give a gradient of the whole."""
-        raise NotImplementedError
-
-    def expert(self, features_NF: Tensor, *own: Tensor) -> Tensor:
-        """Logits (N, V) of the expert that has ``own``."""
+    def each(self) -> list[Expert]:
+        """All experts. Weights are taken apart once: slices would each give a gradient of the whole."""
         raise NotImplementedError
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
@@ -46,27 +45,63 @@ class Experts(nn.Module):
     def logits(self, h_ND: Tensor) -> list[Tensor]:
         """Logits (N, V) of every expert, float32 or wider."""
         features_NF = self.features(h_ND)
-        return [_wide(self.expert(features_NF, *own)) for own in self.own()]
+        return [_logits(expert.hears(features_NF), expert.weight_VF, expert.bias_V) for expert in self.each()]
 
     def score(self, h_ND: Tensor, ids_NJ: Tensor) -> tuple[Tensor, Tensor]:
         """Normalisers (N, K), the log of the sum of exp logits, and the logits (N, J, K) of some ids."""
-        features_NF, rows, experts = self.features(h_ND), max(1, BLOCK // self.vocab), self.own()
-        found = []
-        for features, ids in zip(features_NF.split(rows), ids_NJ.split(rows), strict=True):
-            each = [
-                # The expert is an argument, not a captured loop variable: recomputation must meet the same weights.
-                checkpoint(self._block, features, ids, *own, use_reentrant=False, preserve_rng_state=False)
-                if torch.is_grad_enabled()
-                else self._block(features, ids, *own)
-                for own in experts
-            ]
-            found.append([torch.stack(parts, -1) for parts in zip(*each, strict=True)])
-        lse_NK, picked_NJK = (torch.cat(parts) for parts in zip(*found, strict=True))
+        features_NF, rows = self.features(h_ND), max(1, BLOCK // self.vocab)
+        # A compiler fuses the plain way by itself.
+        way = plain if torch.compiler.is_compiling() else kernel.score
+        found = [
+            way(*_typed(expert.hears(features_NF), ids_NJ, expert.weight_VF, expert.bias_V), rows)
+            for expert in self.each()
+        ]
+        lse_NK, picked_NJK = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
         return lse_NK, picked_NJK
 
-    def _block(self, features_NF: Tensor, ids_NJ: Tensor, *own: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = _wide(self.expert(features_NF, *own))
-        return logits_NV.logsumexp(-1), logits_NV.gather(1, ids_NJ)
+
+@dataclass(frozen=True)
+class Expert:
+    """Logits W z + b, where z is what all experts share, or tanh of that and of the plan's vector."""
+
+    weight_VF: Tensor
+    bias_V: Tensor | None = None
+    plan_F: Tensor | None = None
+
+    def hears(self, features_NF: Tensor) -> Tensor:
+        """z, (N, F)."""
+        return features_NF if self.plan_F is None else torch.tanh(features_NF + self.plan_F)
+
+
+def plain(z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """What kernels.experts.score computes, by autograd: of every block, logits are made again in the backward pass."""
+    parts = zip(z_NF.split(rows), ids_NJ.split(rows), strict=True)
+    # The expert is an argument, not a captured loop variable: recomputation must meet the same weights.
+    found = [
+        checkpoint(_block, z, ids, weight_VF, bias_V, use_reentrant=False, preserve_rng_state=False) for z, ids in parts
+    ]
+    lse_N, picked_NJ = (torch.cat(each) for each in zip(*found, strict=True))
+    return lse_N, picked_NJ
+
+
+def _block(z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
+    logits_NV = _logits(z_NF, weight_VF, bias_V)
+    return logits_NV.logsumexp(-1), logits_NV.gather(1, ids_NJ)
+
+
+def _logits(z_NF: Tensor, weight_VF: Tensor, bias_V: Tensor | None) -> Tensor:
+    return _wide(F.linear(z_NF, weight_VF, bias_V))
+
+
+def _typed(
+    z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """In the type in which autocast makes products: a product that is written out must be told."""
+    kind = z_NF.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or z_NF.dtype == torch.float64:
+        return z_NF, ids_NJ, weight_VF, bias_V
+    to = torch.get_autocast_dtype(kind)
+    return z_NF.to(to), ids_NJ, weight_VF.to(to), None if bias_V is None else bias_V.to(to)
 
 
 class OwnHeads(Experts):
@@ -77,11 +112,8 @@ class OwnHeads(Experts):
         self.heads = linear(width, plans * vocab, gain=0.25)
         self.flops = 2 * self.heads.weight.numel()
 
-    def own(self) -> list[tuple[Tensor, ...]]:
-        return [(weight_VD,) for weight_VD in self.heads.weight.unflatten(0, (self.plans, self.vocab)).unbind(0)]
-
-    def expert(self, features_NF: Tensor, *own: Tensor) -> Tensor:
-        return F.linear(features_NF, *own)
+    def each(self) -> list[Expert]:
+        return [Expert(weight_VD) for weight_VD in self.heads.weight.unflatten(0, (self.plans, self.vocab)).unbind(0)]
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
         each_KND = self.heads.weight.unflatten(0, (self.plans, self.vocab))[:, ids_N]
@@ -107,14 +139,9 @@ class SharedHead(Experts):
     def features(self, h_ND: Tensor) -> Tensor:
         return F.linear(h_ND, self.state.weight, self.bias)
 
-    def own(self) -> list[tuple[Tensor, ...]]:
-        return list(
-            zip(*(each.unflatten(0, (self.plans, -1)).unbind(0) for each in (self.plan, self.words)), strict=True)
-        )
-
-    def expert(self, features_NF: Tensor, *own: Tensor) -> Tensor:
-        plan_F, words_V = own
-        return F.linear(torch.tanh(features_NF + plan_F), self.out.weight, words_V)
+    def each(self) -> list[Expert]:
+        parts = (each.unflatten(0, (self.plans, -1)).unbind(0) for each in (self.words, self.plan))
+        return [Expert(self.out.weight, words_V, plan_F) for words_V, plan_F in zip(*parts, strict=True)]
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
         fused_NKF = torch.tanh(self.features(h_ND)[:, None] + self.plan.unflatten(0, (self.plans, -1)))

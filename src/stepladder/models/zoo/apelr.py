@@ -130,7 +130,24 @@ class Planned(AttentionMacro):
 class PlannerRequired(Planned):
     """Every plan has a head of its own: without the planner's gate there is no way to the vocabulary.
 
-    TEXT
+    Source: version 2 of the APEL-R prototype (spec "apelr", 2.2 and 2.3), which has no results at equal parameters;
+    filtering is the forward pass of a hidden Markov model (Rabiner, 1989), the head a mixture of softmaxes (Yang et
+    al., 2018) whose gate is the planner. Against ``transformer``, ``gru`` or ``ssm`` (by ``executor``) the head is the
+    one thing that differs, and with ``plans: 1`` it is that control. Differs from the prototype in, and why:
+
+    - Logarithms without epsilon, in float32 or wider: there 1e-9 was added once a chunk in training and once a token in
+      generation, which with sharp experts is another model; in half precision it was 0.
+    - One definition: lookahead, filtering, temperature and commitment are the configuration's and hold in training,
+      scoring and decoding, prompts included. Plans sampled in training (``commitment: hard``) are sampled in decoding.
+    - A forced plan is its expert, at any temperature; controls have all the planner's parameters.
+    - One map of the context (there two of the same vector, added), and no separate scale for it.
+    - Documents, not windows: state, belief and chunks begin at a document's first token, and go on from call to call.
+    - Terms of the loss are made token by token from the past of the document (heads.plan_losses): nothing is
+      taken over the batch. The term over words of a chunk (BOW) is left out.
+    - Blocks of this house as executor (there a stack of GRUs without residuals), no dropout in front of the experts
+      (there it entered the likelihoods that were filtered), no biases of experts.
+
+    K heads cost K heads: at large vocabularies they are most of the parameters, so match by parameters.
     """
 
     def experts(self, vocab: int) -> Experts:
@@ -152,7 +169,8 @@ class PlannerRequired(Planned):
 class FilteredMixture(Planned):
     """One head that is told the plan; the belief is filtered, and gates the mixture as it is.
 
-    TEXT
+    Source: version 1 of the APEL-R prototype (spec "apelr", 1.1 and 2.1). Moves lie behind m + 1, 2m + 1, ... tokens of
+    a document and hear the last hidden state, as there. Differs from it as apelr_v2 does, and in heads.experts.
     """
 
     context: Literal["mean", "last", "none"] = Field("last", description="hidden states that are evidence at a move")
