@@ -197,6 +197,24 @@ def test_a13_slopes_of_the_likelihood_are_those_of_all_distributions(name, monke
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_written_out_score_is_the_plain_one(bias, rows):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()  # noqa: E731
+    z, weight, words = draw(11, 6), draw(VOCAB, 6), draw(VOCAB) if bias else None
+    picks = torch.randint(VOCAB, (11, 3), generator=g)
+    picks[:, 1] = picks[:, 0]  # an id that is asked for twice
+    slopes = torch.randn(11, 4, generator=g, dtype=torch.float64)
+    found = []
+    for way in (experts.plain, experts.kernel.score):
+        lse, said = way(z, picks, weight, words, rows)
+        total = (torch.cat((lse[:, None], said), 1) * slopes).sum()
+        given = [each for each in (z, weight, words) if each is not None]
+        found.append([lse, said, *torch.autograd.grad(total, given)])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
 def test_logits_in_blocks_and_at_some_positions_are_the_whole(monkeypatch):
     model = model_of(**dict.fromkeys(NAMES, 0.1))
     x, _ = batch_of(17)
