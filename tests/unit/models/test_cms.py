@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stepladder.models.base import Context, Sink
 from stepladder.models.channels.cms import BETA, ContinuumMemory, Levels
-from stepladder.models.mixers.fast_weights import Tokens
+from stepladder.models.fast.fast_weights import Tokens
 from stepladder.models.noise import row_keys
 from stepladder.models.zoo import spec
 

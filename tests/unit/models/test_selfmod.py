@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepladder.models.base import Context, Sink
+from stepladder.models.fast.fast_weights import recall, token_by_token
 from stepladder.models.layers import rotate
 from stepladder.models.mixers.context import MemoryAsContext
-from stepladder.models.mixers.fast_weights import recall, token_by_token
 from stepladder.models.mixers.neural_memory import FastMemory
 from stepladder.models.mixers.selfmod import KINDS, Memories, SelfModifying
 from stepladder.models.noise import row_keys

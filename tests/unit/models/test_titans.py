@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from stepladder.models.base import Context, Sink, detach_state, leaves
+from stepladder.models.fast.fast_weights import errors, recall
 from stepladder.models.mixers.delta import naive as delta_rule
-from stepladder.models.mixers.fast_weights import errors, recall
 from stepladder.models.mixers.neural_memory import FastMemory
 from stepladder.models.mixers.titans import NeuralMemory
 from stepladder.models.noise import row_keys

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.models.base import Context, Cost, Part, State
+from stepladder.models.fast.chunks import Layout
+from stepladder.models.fast.fast_weights import Memory, Tokens, Weights, apply
+from stepladder.models.fast.walk import Known, Rows, Walker
 from stepladder.models.layers import NORM_EPS, linear, no_autocast
-from stepladder.models.mixers.chunks import Layout
-from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights, apply
-from stepladder.models.mixers.walk import Known, Rows, Walker
 
 Rule = Literal["sgd", "momentum", "dgd"]
 """What a level does with its gradient."""

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
 from stepladder.models.base import Context, Cost, Part, State
+from stepladder.models.fast.chunks import Layout, Pick, blocks, unblocked
+from stepladder.models.fast.decay import ShortConvolution
+from stepladder.models.fast.fast_weights import Memory, Tokens, Weights, recall
+from stepladder.models.fast.walk import Found
 from stepladder.models.layers import linear, no_autocast, norm, rotate
-from stepladder.models.mixers.chunks import Layout, Pick, blocks, unblocked
-from stepladder.models.mixers.decay import ShortConvolution
-from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights, recall
 from stepladder.models.mixers.neural_memory import FastMemory
-from stepladder.models.mixers.walk import Found
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.models.base import Context, Cost, Part, State
+from stepladder.models.fast.decay import ShortConvolution, decay, running_sum
 from stepladder.models.layers import linear, no_autocast, norm
-from stepladder.models.mixers.decay import ShortConvolution, decay, running_sum
 
 STEP_RANGE, RATE_RANGE = (1e-3, 1e-1), (1.0, 16.0)
 """Initial steps (log-uniform) and rates (uniform) of the decay: those of Mamba-2, as in Gated DeltaNet."""

@@ -1,6 +1,6 @@
 """Neural memories in heads: their learned start, their gates, and how a call's tokens are read and written.
 
-mixers.fast_weights has the equations, mixers.chunks how the chunks of all rows are computed together.
+fast.fast_weights has the equations, fast.chunks how the chunks of all rows are computed together.
 
 Suffixes: B batch, T tokens, H heads, K head width, W tokens of a window, U = 3HK, G gates of all heads.
 """
@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.models.base import Context
-from stepladder.models.layers import linear
-from stepladder.models.mixers.chunks import Layout, blocks, unblocked, wanted
-from stepladder.models.mixers.fast_weights import (
+from stepladder.models.fast.chunks import Layout, blocks, unblocked, wanted
+from stepladder.models.fast.fast_weights import (
     Memory,
     Tokens,
     Weights,
@@ -28,7 +27,8 @@ from stepladder.models.mixers.fast_weights import (
     token_by_token,
     write,
 )
-from stepladder.models.mixers.walk import Known, Rows, Walker
+from stepladder.models.fast.walk import Known, Rows, Walker
+from stepladder.models.layers import linear
 
 RATE_BIAS, FORGET_BIAS = -2.0, -5.0
 """Initial biases of theta and alpha: small steps, slow forgetting. That of eta is 0."""

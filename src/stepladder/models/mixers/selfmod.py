@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.models.base import Context, Cost, Part, State
-from stepladder.models.layers import linear, no_autocast, norm
-from stepladder.models.mixers.chunks import Layout, Pick
-from stepladder.models.mixers.decay import ShortConvolution
-from stepladder.models.mixers.fast_weights import (
+from stepladder.models.fast.chunks import Layout, Pick
+from stepladder.models.fast.decay import ShortConvolution
+from stepladder.models.fast.fast_weights import (
     Memory,
     Tokens,
     Weights,
@@ -40,7 +39,8 @@ from stepladder.models.mixers.fast_weights import (
     recall,
     write,
 )
-from stepladder.models.mixers.walk import Found, Rows, Walker
+from stepladder.models.fast.walk import Found, Rows, Walker
+from stepladder.models.layers import linear, no_autocast, norm
 
 RATE_BIAS, KEEP_BIAS = -2.0, 5.0
 """Initial biases of eta and alpha: small steps, and a memory that keeps 0.993 of itself a token."""

@@ -1,4 +1,4 @@
-"""Titans' neural memory as a mixer (Behrouz, Zhong & Mirrokni, 2025): mixers.fast_weights has the equations.
+"""Titans' neural memory as a mixer (Behrouz, Zhong & Mirrokni, 2025): fast.fast_weights has the equations.
 
 Suffixes: B batch, T tokens, D model width, H heads, K head width, L lags of the convolution, U its channels.
 """
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepladder.models.base import Context, Cost, Part, State
+from stepladder.models.fast.decay import ShortConvolution
+from stepladder.models.fast.fast_weights import Memory
 from stepladder.models.layers import linear, no_autocast, norm
-from stepladder.models.mixers.decay import ShortConvolution
-from stepladder.models.mixers.fast_weights import Memory
 from stepladder.models.mixers.neural_memory import FastMemory
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stepladder.models.mixers.decay import decay, running_sum
+from stepladder.models.fast.decay import decay, running_sum
 
 Weights = tuple[Tensor, ...]
 """One matrix a layer, (B, H, O, I); or (H, O, I) where all rows share it."""

@@ -1,6 +1,6 @@
 """The walk over a call's chunks, for any inner learner whose memory changes at fixed places of a document.
 
-Rows stand at different places of their documents: mixers.chunks says which tokens are computed together.
+Rows stand at different places of their documents: fast.chunks says which tokens are computed together.
 
 Suffixes: B batch, T tokens, H heads, K head width, W tokens of a window.
 """
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import Context
+from stepladder.models.fast.chunks import Gather, Layout, Pick, Slice, wanted
+from stepladder.models.fast.fast_weights import Memory, Tokens, Weights
 from stepladder.models.layers import no_autocast
-from stepladder.models.mixers.chunks import Gather, Layout, Pick, Slice, wanted
-from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights
 
 Found = tuple[Tensor, ...]
 """What is found for every token, each (B, H, T, F)."""
@@ -186,5 +186,5 @@ class Walker(nn.Module):
                 return self.step(memory, window, self.rows(memory.base, window))
 
         if ctx.recompute and torch.is_grad_enabled():
-            return checkpoint(step, memory, window, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+            return checkpoint(step, memory, window, use_reentrant=False, preserve_rng_state=False)
         return step(memory, window)
