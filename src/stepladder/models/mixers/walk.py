@@ -186,5 +186,5 @@ class Walker(nn.Module):
                 return self.step(memory, window, self.rows(memory.base, window))
 
         if ctx.recompute and torch.is_grad_enabled():
-            return checkpoint(step, memory, window, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+            return checkpoint(step, memory, window, use_reentrant=False, preserve_rng_state=False)
         return step(memory, window)
