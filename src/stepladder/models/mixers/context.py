@@ -28,6 +28,13 @@ from stepladder.models.fast.decay import ShortConvolution
 from stepladder.models.fast.fast_weights import Memory, Tokens, Weights, recall
 from stepladder.models.fast.walk import Found
 from stepladder.models.layers import linear, no_autocast, norm, rotate
+<<<<<<< HEAD
+=======
+from stepladder.models.mixers.chunks import Layout, Pick, blocks, unblocked
+from stepladder.models.mixers.decay import ShortConvolution
+from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights, recall
+from stepladder.models.mixers.join import normed
+>>>>>>> 31bc65140a858bcab3f4c21bc7a27c4692663109
 from stepladder.models.mixers.neural_memory import FastMemory
 
 
@@ -74,8 +81,8 @@ class MemoryAsContext(Part):
             past = pairs.new_zeros(*pairs.shape[:2], back, pairs.shape[3])
         carried = torch.cat((past, pairs), dim=2)[:, :, pairs.shape[2] :]
         carried = carried.masked_fill(_beside((ctx.positions_BT[:, -1] + 1) % self.memory.chunk, back), 0.0)
-        gate_BTD = self.gate_norm(read.to(self.gate_norm.weight.dtype)).transpose(1, 2).flatten(2)
-        o_BTD = self.out(self.norm(y[:, 0]) * F.silu(gate_BTD))
+        gate_BTD = normed(self.gate_norm, read).transpose(1, 2).flatten(2)
+        o_BTD = self.out(normed(self.norm, y[:, 0]) * F.silu(gate_BTD))
         return o_BTD, Carried(inputs_BLU, memory, carried)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
@@ -84,7 +91,7 @@ class MemoryAsContext(Part):
     def pairs_of(self, heard_BHWK: Tensor, positions_BW: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of what the memory said, by the same maps as those of x."""
         width = self.mix.weight.shape[0]
-        h_BWD = self.heard_norm(heard_BHWK.to(self.heard_norm.weight.dtype)).transpose(1, 2).flatten(2)
+        h_BWD = normed(self.heard_norm, heard_BHWK).transpose(1, 2).flatten(2)
         k, v = (self._heads(each) for each in F.linear(h_BWD, self.project.weight[width:]).chunk(2, dim=-1))
         return rotate(k, positions_BW, self.rope_base), v
 
@@ -102,7 +109,7 @@ class MemoryAsContext(Part):
 
     def tokens_of(self, y_BWD: Tensor, real_BW: Tensor, ctx: Context) -> Tokens:
         """What the memory is asked and told by the output of attention."""
-        u_BWU, told_BWG = self.memory.project(self.norm(y_BWD)).split(self.memory.sizes, dim=-1)
+        u_BWU, told_BWG = self.memory.project(normed(self.norm, y_BWD)).split(self.memory.sizes, dim=-1)
         with no_autocast(y_BWD.device):
             return self.memory.told(F.silu(u_BWU), told_BWG, real_BW)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.models.base import Context, Cost, Part, State
 from stepladder.models.layers import norm
+
+
+def normed(layer: nn.RMSNorm, x: Tensor) -> Tensor:
+    """norm(x) in the type of its weight: under mixed precision x comes narrower."""
+    return cast(Tensor, layer(x.to(layer.weight.dtype)))
 
 
 class Pair(Part):
@@ -43,7 +50,7 @@ class Gated(Pair):
         before = (None, None) if state is None else state
         y_BTD, first = self.first(x_BTD, before[0], ctx)
         gate_BTD, second = self.second(x_BTD, before[1], ctx)
-        return self.norm(y_BTD) * F.silu(self.gate(gate_BTD)), (first, second)
+        return normed(self.norm, y_BTD) * F.silu(normed(self.gate, gate_BTD)), (first, second)
 
 
 class Chain(Pair):
@@ -56,5 +63,5 @@ class Chain(Pair):
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         before = (None, None) if state is None else state
         y_BTD, first = self.first(x_BTD, before[0], ctx)
-        y_BTD, second = self.second(self.norm(y_BTD), before[1], ctx)
+        y_BTD, second = self.second(normed(self.norm, y_BTD), before[1], ctx)
         return y_BTD, (first, second)

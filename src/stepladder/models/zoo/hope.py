@@ -16,7 +16,7 @@ from stepladder.models.spec import SHAPES, AttentionMacro, Macro, architecture
 from stepladder.models.stack import Residual, Stack
 from stepladder.models.zoo.titans import NESTED
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "levels": 3}
+TINY = {"width": 16, "depth": 2, "heads": 2, "levels": 2}
 
 SIZES: dict[str, dict[str, Any]] = {
     size: {"width": width, "depth": depth, "heads": heads} for size, (width, depth, heads) in (SHAPES | NESTED).items()
@@ -100,7 +100,7 @@ class Attended(Chained, AttentionMacro):
         return self.max_positions if self.positions == "learned" else 0
 
 
-@architecture("hope_attention", tiny=TINY | {"level_chunk": 3, "factor": 2})
+@architecture("hope_attention", tiny=TINY | {"level_chunk": 5, "factor": 2})
 class HopeAttention(Learning, Attended):
     """Blocks of attention and a continuum memory: MLPs that learn at test time, each at its own pace.
 
@@ -127,7 +127,7 @@ class CMSTransformer(Attended):
         return ContinuumMemory(self.width, levels, learn=False)
 
 
-@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 6, "factor": 2, "chunk": 4}, aliases=("hope",))
+@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 5, "factor": 2, "chunk": 8}, aliases=("hope",))
 class HopeSelfmod(Learning):
     """Blocks of self-modifying memories and a continuum memory.
 

@@ -17,7 +17,7 @@ from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import SHAPES, Macro, architecture
 from stepladder.models.stack import Stack
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 4}
+TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 8}
 
 NESTED = {"pilot": (512, 12, 8), "mid": (1024, 24, 16), "target": (1536, 32, 24)}
 """Width, depth, heads of the sizes of this family; true counts of parameters: docs/nested.md."""
