@@ -28,13 +28,7 @@ from stepladder.models.fast.decay import ShortConvolution
 from stepladder.models.fast.fast_weights import Memory, Tokens, Weights, recall
 from stepladder.models.fast.walk import Found
 from stepladder.models.layers import linear, no_autocast, norm, rotate
-<<<<<<< HEAD
-=======
-from stepladder.models.mixers.chunks import Layout, Pick, blocks, unblocked
-from stepladder.models.mixers.decay import ShortConvolution
-from stepladder.models.mixers.fast_weights import Memory, Tokens, Weights, recall
 from stepladder.models.mixers.join import normed
->>>>>>> 31bc65140a858bcab3f4c21bc7a27c4692663109
 from stepladder.models.mixers.neural_memory import FastMemory
 
 
