@@ -62,6 +62,9 @@ class TrainConfig(Config):
     )
     recompute: bool = Field(False, description="activation checkpointing: recompute blocks in the backward pass")
     losses: dict[str, float] = Field({}, description="weights of a model's named losses; unnamed ones weigh 1")
+    losses_warmup: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="steps over which the weight of a named loss rises from 0, in a line"
+    )
     log_every: int = Field(10, ge=1, description="steps between metric lines")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at the end")
     eval_samples: int = Field(64, ge=1, description="items per task in evaluations during training")
@@ -86,6 +89,16 @@ class TrainConfig(Config):
         if self.muon_lr is not None and self.optimizer != "muon":
             raise ValueError(f"muon_lr={self.muon_lr} is for Muon; set optimizer: muon (--use-muon), or leave it out")
         return self
+
+    def at(self, step: int) -> TrainConfig:
+        """The settings in force at a step, counted from 0: these, with the weights of losses that still warm up."""
+        if not self.losses_warmup:
+            return self
+        rising = {
+            name: self.losses.get(name, 1.0) * min(1.0, (step + 1) / steps)
+            for name, steps in self.losses_warmup.items()
+        }
+        return self.model_copy(update={"losses": {**self.losses, **rising}})
 
 
 Ticks = Annotated[int, Field(ge=1)]

@@ -6,6 +6,7 @@ import re
 import broken
 import broken_halting
 import broken_models
+import broken_planner  # noqa: F401 (it notes its miniatures)
 import broken_vectur
 import miniature
 import numpy as np

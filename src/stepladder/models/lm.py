@@ -14,6 +14,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.registry import did_you_mean
 from stepladder.models.base import Context, Cost, Edit, Images, Output, Part, Sink, State
 from stepladder.models.encoders.base import Encoder
+from stepladder.models.heads.base import Head
 from stepladder.models.heads.softmax import SoftmaxHead
 from stepladder.models.layers import Embedding, norm
 from stepladder.models.noise import row_keys
@@ -25,7 +26,7 @@ class ModelState:
     """Everything that goes from one call to the next, batch first.
 
     position_B: position the next token of the current document has. document_B: that document's id, -1 at start.
-    key_B: the row's random key. prelude, core, coda: the states of the parts.
+    key_B: the row's random key. prelude, core, coda, head: the states of the parts; most heads have none.
     """
 
     position_B: Tensor
@@ -34,6 +35,7 @@ class ModelState:
     prelude: State
     core: State
     coda: State
+    head: State = None
 
 
 class LanguageModel(nn.Module):
@@ -42,6 +44,7 @@ class LanguageModel(nn.Module):
     core is usually a recurrence (once, loop, ...); prelude and coda are parts applied once before and after it.
     vision: the encoder of the images that may stand among the tokens, set by whoever builds the model; or None.
     final_norm False: the last part's output is for the head as it is.
+    head: a softmax unless another is given; ``tied`` is about the softmax.
     """
 
     vision: Encoder | None
@@ -57,6 +60,7 @@ class LanguageModel(nn.Module):
         tied: bool = False,
         learned_positions: int = 0,
         final_norm: bool = True,
+        head: Head | None = None,
     ) -> None:
         super().__init__()
         self.vocab, self.width, self.vision = vocab, width, None
@@ -65,7 +69,7 @@ class LanguageModel(nn.Module):
         self.core = core
         self.coda = Stack([]) if coda is None else coda
         self.norm = norm(width) if final_norm else nn.Identity()
-        self.head = SoftmaxHead(width, vocab, self.embed.tokens if tied else None)
+        self.head = SoftmaxHead(width, vocab, self.embed.tokens if tied else None) if head is None else head
         _number(self)
 
     def forward(
@@ -110,19 +114,17 @@ class LanguageModel(nn.Module):
         x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)
         x_BTD, core = self.core(x_BTD, state.core, ctx)
         x_BTD, coda = self.coda(x_BTD, state.coda, ctx)
-        h_BTD = self.norm(x_BTD)
+        logits, nll_BT, head = self.head(self.norm(x_BTD), state.head, ctx, targets, logits_at)
         for name in edits or ():
             if name not in sink.taps:
                 known = ", ".join(sorted(sink.taps)) or "none"
                 raise UserError(f"edits: nothing is called '{name}'{did_you_mean(name, sink.taps)}; taps: {known}")
 
-        nll_BT = None if targets is None else self.head.nll(h_BTD, targets)
         if targets is not None:
             self._lessons(targets, sink)
-        logits = None if targets is not None else self.head.logits(_at(h_BTD, logits_at))
         sink.asked.clear()  # what is left of it holds this very sink: memory would wait for the garbage collector
         sink.open = False
-        after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda)
+        after = ModelState(positions_BT[:, -1] + 1, document_B, state.key_B, prelude, core, coda, head)
         return Output(logits, nll_BT, after, sink.losses, sink.trace or {})
 
     def _seen(self, images: Images, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +166,8 @@ class LanguageModel(nn.Module):
         )
         zero_B = torch.zeros(batch, dtype=torch.int64, device=device)
         keys_B = row_keys(0 if key is None else key, batch, device)
-        return ModelState(zero_B, zero_B - 1, keys_B, prelude, core, coda)
+        head = self.head.init_state(batch, device, dtype)
+        return ModelState(zero_B, zero_B - 1, keys_B, prelude, core, coda, head)
 
     def cost(self, context: int, ticks: int | None = None, images: float = 0.0) -> Cost:
         """Parameters, forward FLOPs per token and state bytes per sequence, at ``context`` tokens and ``ticks``.
@@ -203,14 +206,3 @@ def _positions(tokens_BT: Tensor, state: ModelState, documents: Tensor | None) -
     before_BT = torch.cat((state.document_B[:, None], documents[:, :-1]), dim=1)
     start_BT = torch.where(documents != before_BT, index_T, -1).cummax(dim=1).values
     return torch.where(start_BT >= 0, index_T - start_BT, going_on_BT), documents[:, -1]
-
-
-def _at(h_BTD: Tensor, where: str | Tensor | None) -> Tensor:
-    """The hidden states whose logits are wanted."""
-    if where is None:
-        return h_BTD
-    if isinstance(where, Tensor):
-        return h_BTD[where]
-    if where == "last":
-        return h_BTD[:, -1:]
-    raise UserError(f"logits_at={where!r}: give None, 'last' or a boolean mask of shape (batch, length)")

@@ -185,7 +185,8 @@ def fit(
         lr = learning_rate(train, budget.fraction(progress))
         noise = key(run.seed, "noise", progress.step).seed()
         batch = stream.batch(progress.step, rows, train.batch)
-        taken = gradient_step(model, optimizer, batch, train, lr=lr, noise=noise, limit=_spike(progress, train.spike))
+        now, limit = train.at(progress.step), _spike(progress, train.spike)
+        taken = gradient_step(model, optimizer, batch, now, lr=lr, noise=noise, limit=limit)
         usual = _spike(progress, FLAGGED)
         progress.count(taken, batch.tokens.size, budget.flops_per_token, time.perf_counter() - began)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
 from stepladder.models.encoders import Encoder
-from stepladder.models.heads.softmax import SoftmaxHead
+from stepladder.models.heads.base import Head
 from stepladder.models.lm import LanguageModel
 from stepladder.run import TrainConfig
 
@@ -57,7 +57,7 @@ def hidden_matrices(model: LanguageModel) -> list[nn.Parameter]:
     tokens, not inside the image encoder, whose inputs are pixels, and none with one input or output, which is a
     vector. A table (embeddings, first contents of a memory, kernels of a convolution) is no map, whatever its shape.
     """
-    outer = [module for module in model.modules() if isinstance(module, SoftmaxHead | Encoder | nn.Embedding)]
+    outer = [module for module in model.modules() if isinstance(module, Head | Encoder | nn.Embedding)]
     left_out = {id(p) for module in outer for p in module.parameters()}
     maps = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) > 1}
     return [p for p in model.parameters() if p.requires_grad and id(p) in maps - left_out]

@@ -185,7 +185,8 @@ def _rehearse(run: Run, model: LanguageModel, stream: Stream, also: Callable[[Ru
     tokens, targets, documents, images = tensors(batch, model.embed.tokens.weight.device)
     shown = {} if images is None else {"images": images}
     with torch.no_grad():
-        objective(model(tokens, targets=targets, documents=documents, key=0, **shown), targets, run.train.losses)
+        output = model(tokens, targets=targets, documents=documents, key=0, **shown)
+        objective(output, targets, run.train.at(0).losses)
 
 
 # The directory ------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import IGNORE, Cost
+from stepladder.models.heads.base import Head
 from stepladder.models.layers import linear
 
 CHUNK = 2**24
 """At most this many logits exist at a time in the likelihood: 64 MiB in float32."""
 
 
-class SoftmaxHead(nn.Module):
+class SoftmaxHead(Head):
     """Logits = W h, small at the start. ``tied`` is the embedding whose weight is used, None for an own one."""
 
     def __init__(self, width: int, vocab: int, tied: nn.Embedding | None = None) -> None:
