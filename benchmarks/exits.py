@@ -14,9 +14,11 @@ decode are timed in turns, token by token, after a warm-up of each:
 ``+-N, all rows``   the same exits of the widest spread, every tick computed for every row
 ``R rows``          a batch of R rows whose tokens take all ticks, and one that takes a single tick
 
-Shown are the median time of a token of the batch, and the speed-up over ``all ticks``, median over tokens with the
-quartiles: whatever else the machine does hits neighbours alike. Ideal is ticks / mean executed ticks, which no decoder
-reaches whose prelude and head always run; what FLOPs allow, these included, is printed beside it.
+Time is that of the clock on the wall; with one thread on a CPU, the time that the thread ran: the same on a free core,
+and on a shared one it leaves out the turns of others. Shown are the median time of a token of the batch, and the
+speed-up over ``all ticks``, median over tokens with the quartiles: whatever else the machine does hits neighbours
+alike. Ideal is ticks / mean executed ticks, which no decoder reaches whose prelude and head always run; what FLOPs
+allow, these included, is printed beside it.
 
 No processor is r times as fast with a batch of 1 / r of the rows: weights are read however few there are. So each
 spread has its bound: the speed-up if rows left at no cost at all, and every tick were a batch of just those that run,
@@ -182,6 +184,7 @@ def timed(
     model: LanguageModel, tokens: Tensor, ways: dict[str, Way], options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Seconds of every decoded token of the batch, the prompt left out; the ways take turns token by token."""
+    clock = time.thread_time if not tokens.is_cuda and options.threads == 1 else time.perf_counter
     states, times = {}, {name: [] for name in ways}
 
     def call(name: str, way: Way, first: int, last: int) -> None:
@@ -195,11 +198,11 @@ def timed(
         call(name, way, 0, options.prompt)
     for place in range(options.prompt, tokens.shape[1]):
         for name, way in ways.items():
-            begun = time.perf_counter()
+            begun = clock()
             call(name, way, place, place + 1)
             if tokens.is_cuda:
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(clock() - begun)
     model.core.train(False)
     return times
 
