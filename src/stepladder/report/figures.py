@@ -257,6 +257,39 @@ def tick_bars(shares: dict[str, dict[int, float]], budget: int, style: Style, na
         return svg(figure, name, title)
 
 
+def standings(
+    rows: list[dict[str, Any]], fixed: dict[str, tuple[float, float]], look: dict[str, Style], name: str, title: str
+) -> str:
+    """Accuracy over mean ticks of all rungs on a task: those of fixed ticks on a line, and the exits of the others.
+
+    rows: one a rung that decides (see halting.exits). fixed: mean ticks and accuracy of the rungs of fixed ticks.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8))
+        axes = figure.subplots()
+        if fixed:
+            axes.plot(*zip(*sorted(fixed.values()), strict=True), color=MUTED, linestyle="--", linewidth=1)
+        for rung, place in fixed.items():
+            style = look[rung]
+            face = PAPER if style.colour == INK else style.colour
+            axes.plot(*place, marker=style.marker, markersize=6.5, color=face, markeredgecolor=style.colour)
+        for row in rows:
+            style = look[row["rung"]]
+            for key, ticks, marker, size, face in (
+                ("random", "mean_ticks", "o", 12, "none"),
+                ("accuracy", "mean_ticks", style.marker, 6.5, style.colour),
+                ("oracle", "oracle_ticks", "*", 9, style.colour),
+            ):
+                edge = style.colour
+                axes.plot(row[ticks], row[key], marker=marker, markersize=size, color=face, markeredgecolor=edge)
+        axes.margins(0.08, 0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.set_xlabel("mean executed ticks")
+        _grid(axes, "y")
+        return svg(figure, name, title)
+
+
 def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name: str, title: str) -> str:
     """Accuracy over mean ticks: one budget for all (line), and the learned, random and oracle exits (points)."""
     with mpl.rc_context(STYLE):
