@@ -258,33 +258,40 @@ def tick_bars(shares: dict[str, dict[int, float]], budget: int, style: Style, na
 
 
 def standings(
-    rows: list[dict[str, Any]], fixed: dict[str, tuple[float, float]], look: dict[str, Style], name: str, title: str
+    places: dict[str, dict[str, float]], rows: list[dict[str, Any]], look: dict[str, Style], name: str, title: str
 ) -> str:
-    """Accuracy over mean ticks of all rungs on a task: those of fixed ticks on a line, and the exits of the others.
+    """Accuracy over mean ticks of all rungs on a task: those of fixed ticks joined, beside the others their exits.
 
-    rows: one a rung that decides (see halting.exits). fixed: mean ticks and accuracy of the rungs of fixed ticks.
+    places: of every rung, see halting.standings. rows: one a rung that decides, see halting.exits.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.8))
         axes = figure.subplots()
+        decides = {row["rung"] for row in rows}
+        fixed = sorted((at["ticks"], 100 * at["accuracy"]) for rung, at in places.items() if rung not in decides)
         if fixed:
-            axes.plot(*zip(*sorted(fixed.values()), strict=True), color=MUTED, linestyle="--", linewidth=1)
-        for rung, place in fixed.items():
-            style = look[rung]
-            face = PAPER if style.colour == INK else style.colour
-            axes.plot(*place, marker=style.marker, markersize=6.5, color=face, markeredgecolor=style.colour)
+            axes.plot(*zip(*fixed, strict=True), color=MUTED, linestyle="--", linewidth=1)
         for row in rows:
-            style = look[row["rung"]]
+            colour = look[row["rung"]].colour
             for key, ticks, marker, size, face in (
                 ("random", "mean_ticks", "o", 12, "none"),
-                ("accuracy", "mean_ticks", style.marker, 6.5, style.colour),
-                ("oracle", "oracle_ticks", "*", 9, style.colour),
+                ("oracle", "oracle_ticks", "*", 9, colour),
             ):
-                edge = style.colour
-                axes.plot(row[ticks], row[key], marker=marker, markersize=size, color=face, markeredgecolor=edge)
-        axes.margins(0.08, 0.15)
+                place = (row[ticks], 100 * row[key])
+                axes.plot(*place, marker=marker, markersize=size, color=face, markeredgecolor=colour)
+        for rung, at in places.items():
+            style = look[rung]
+            face = PAPER if style.colour == INK else style.colour
+            axes.plot([at["ticks"]] * 2, [100 * at["low"], 100 * at["high"]], color=style.colour, linewidth=0.8)
+            place = (at["ticks"], 100 * at["accuracy"])
+            axes.plot(*place, marker=style.marker, markersize=6.5, color=face, markeredgecolor=style.colour)
+        axes.margins(0.08, 0.12)
+        low, high = axes.get_ylim()
+        pad = max(0.0, 10 - (high - low)) / 2  # of a difference of a point or two no mountain is made
+        axes.set_ylim(low - pad, high + pad)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
         axes.set_xlabel("mean executed ticks")
         _grid(axes, "y")
         return svg(figure, name, title)
@@ -307,7 +314,7 @@ def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name:
                 va="center", ha=align,
             )  # fmt: skip
         axes.set_ylim(-0.05, 1.15)
-        axes.set_xlim(0.6, max(fixed) + 1.2)
+        axes.set_xlim(1 - 0.17 * max(fixed), 1.25 * max(fixed))
         axes.xaxis.set_major_locator(FixedLocator(_some([*fixed], 16)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.set_xlabel("mean executed ticks")

@@ -59,10 +59,18 @@ def standing(run: RunFiles, task: str) -> tuple[float, float]:
     return float(np.mean([cell["mean_ticks"] for cell in cells])), float(np.mean([cell["accuracy"] for cell in cells]))
 
 
-def mean_standing(runs: Sequence[RunFiles], task: str) -> tuple[float, float]:
-    """The mean of ``standing`` over runs."""
-    ticks, accuracy = np.mean([standing(run, task) for run in runs], axis=0).tolist()
-    return ticks, accuracy
+def standings(evidence: Evidence, task: str) -> dict[str, dict[str, float]]:
+    """By rung, of fixed ticks or deciding: mean ``ticks`` and ``accuracy`` on a task, ``low`` and ``high`` of seeds."""
+    found = {}
+    for rung, runs in {**fixed_rungs(evidence), **choosers(evidence)}.items():
+        ticks, accuracy = np.array([standing(run, task) for run in runs]).T
+        found[rung] = {
+            "ticks": ticks.mean(),
+            "accuracy": accuracy.mean(),
+            "low": accuracy.min(),
+            "high": accuracy.max(),
+        }
+    return found
 
 
 def fixed_rungs(evidence: Evidence) -> dict[str, list[RunFiles]]:

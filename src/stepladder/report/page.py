@@ -110,9 +110,9 @@ def _halting(evidence: Evidence, verdict: dict[str, Any], look: dict[str, figure
     standings = []
     for n, task in enumerate(dict.fromkeys(row["task"] for row in verdict["halting"]["exits"])):
         rows = [row for row in verdict["halting"]["exits"] if row["task"] == task]
-        fixed = {rung: halting.mean_standing(mine, task) for rung, mine in halting.fixed_rungs(evidence).items()}
+        places = halting.standings(evidence, task)
         title = f"Accuracy over executed ticks, all rungs: {task}"
-        standings.append({"task": task, "svg": figures.standings(rows, fixed, look, f"standing{n}", title)})
+        standings.append({"task": task, "svg": figures.standings(places, rows, look, f"standing{n}", title)})
     return {"heads": heads, "exits": panels, "standings": standings}
 
 
