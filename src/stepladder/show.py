@@ -23,6 +23,7 @@ from stepladder.experiments.sweep import Sweep
 from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
+from stepladder.report.words import quantity
 from stepladder.run import EvalConfig, TrainConfig
 from stepladder.train import loop, session, step
 
@@ -77,7 +78,7 @@ def _costs(of: Spec, vocab: int, context: int, batch: int, ticks: int | None, tr
     reading = decoding(of, vocab, batch, context, ticks)
     price = cost(of, vocab, context, ticks)
     counts = (price.params, price.flops, price.train_flops)
-    return [*map(number, counts), *map(size, (update.saved, update.peak, reading.state, reading.peak))]
+    return [*map(quantity, counts), *map(size, (update.saved, update.peak, reading.state, reading.peak))]
 
 
 def fields(name: str, of: type[Config]) -> Table:
@@ -94,15 +95,6 @@ def fields(name: str, of: type[Config]) -> Table:
 def _shown(default: Any) -> str:
     """A default as it would be written in a file; a configuration inside another is "its own"."""
     return "its own" if isinstance(default, Config) else canonical(default)
-
-
-def number(count: float) -> str:
-    """A count in words: three digits and a unit."""
-    for unit in ("", " k", " M", " G", " T"):
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.4g} P"
 
 
 def size(count: float) -> str:
