@@ -1,6 +1,6 @@
 """What a drawing of a model shows, as plain data: its parts with shapes, costs and repetitions, or its autograd graph.
 
-``report.diagram`` draws it; nothing is allocated for the parts, and the autograd graph is of the tiny configuration.
+``report.diagram`` draws it. For the parts nothing is allocated, unless a model looks at numbers on its way.
 """
 
 from __future__ import annotations

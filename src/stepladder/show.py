@@ -20,7 +20,6 @@ from stepladder.experiments.ladder import Ladder
 from stepladder.experiments.match import cost
 from stepladder.experiments.memory import decoding, training
 from stepladder.experiments.sweep import Sweep
-from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
 from stepladder.report.words import quantity
@@ -107,29 +106,24 @@ def size(count: float) -> str:
 
 
 def layers(spec: Spec, vocab: int, ticks: int | None = None) -> Tree:
-    """The module tree with shapes and parameter counts; what a loop repeats is marked."""
+    """The module tree with shapes and parameter counts. What ticks repeat is for a forward to tell: ``diagram``."""
     with torch.device("meta"):
         model: LanguageModel = spec.build(vocab)
     ticks = ticks or getattr(spec, "ticks", None) or 1
-    top = Tree(f"[bold]{spec.kind}[/bold]  {sum(p.numel() for p in model.parameters()):,} parameters")
-    _branch(top, model, ticks)
+    looped = f"; {ticks} ticks, of which stepladder draw {spec.kind} shows the loop" if ticks > 1 else ""
+    top = Tree(f"[bold]{spec.kind}[/bold]  {sum(p.numel() for p in model.parameters()):,} parameters{looped}")
+    _branch(top, model)
     return top
 
 
-def _branch(tree: Tree, module: nn.Module, ticks: int) -> None:
+def _branch(tree: Tree, module: nn.Module) -> None:
     for name, child in module.named_children():
         params = sum(p.numel() for p in child.parameters())
         if not params:
             continue
         weight = getattr(child, "weight", None)
         shape = " × ".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
-        loop_mark = f"  [magenta]↻ {ticks} ticks[/magenta]" if name == "core" and ticks > 1 and _is_loop(module) else ""
-        label = f"{name}: [cyan]{type(child).__name__}[/cyan] {shape}  [dim]{params:,}[/dim]{loop_mark}"
-        _branch(tree.add(label), child, ticks)
-
-
-def _is_loop(module: nn.Module) -> bool:
-    return isinstance(module, Part)
+        _branch(tree.add(f"{name}: [cyan]{type(child).__name__}[/cyan] {shape}  [dim]{params:,}[/dim]"), child)
 
 
 def hops(command: Callable[..., Any]) -> list[str]:
