@@ -52,7 +52,15 @@ def extra():
 
 
 @pytest.mark.parametrize(
-    ("name", "ticks"), [("transformer", None), ("ssm", None), ("lstm", None), ("shared_loop", 2), ("graph", None)]
+    ("name", "ticks"),
+    [
+        ("transformer", None),
+        ("ssm", None),
+        ("lstm", None),
+        ("shared_loop", 2),
+        ("graph", None),
+        ("recursive_halting", None),
+    ],
 )
 def test_onnxruntime_writes_what_we_write(name, ticks, tmp_path):
     chosen, model = build(name)

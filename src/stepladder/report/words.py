@@ -48,7 +48,7 @@ def quantity(value: float | None, unit: str = "") -> str:
     if value is None:
         return UNKNOWN
     for scale, prefix in _SCALES:
-        if abs(value) >= scale:
+        if abs(value) >= 0.9995 * scale:  # which is 1 with three digits
             return f"{value / scale:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".strip()
 

@@ -19,6 +19,7 @@ from stepladder.report import words
         (words.quantity(4096, "B"), "4.1 kB"),
         (words.quantity(3e21), "3e+03 E"),
         (words.quantity(12), "12"),
+        (words.quantity(999_600), "1 M"),
         (words.quantity(None), "–"),
         (words.duration(61), "61 s"),
         (words.duration(100), "1.7 min"),
