@@ -20,9 +20,9 @@ from stepladder.experiments.ladder import Ladder
 from stepladder.experiments.match import cost
 from stepladder.experiments.memory import decoding, training
 from stepladder.experiments.sweep import Sweep
-from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
+from stepladder.report.words import quantity
 from stepladder.run import EvalConfig, TrainConfig
 from stepladder.train import loop, session, step
 
@@ -77,7 +77,7 @@ def _costs(of: Spec, vocab: int, context: int, batch: int, ticks: int | None, tr
     reading = decoding(of, vocab, batch, context, ticks)
     price = cost(of, vocab, context, ticks)
     counts = (price.params, price.flops, price.train_flops)
-    return [*map(number, counts), *map(size, (update.saved, update.peak, reading.state, reading.peak))]
+    return [*map(quantity, counts), *map(size, (update.saved, update.peak, reading.state, reading.peak))]
 
 
 def fields(name: str, of: type[Config]) -> Table:
@@ -96,15 +96,6 @@ def _shown(default: Any) -> str:
     return "its own" if isinstance(default, Config) else canonical(default)
 
 
-def number(count: float) -> str:
-    """A count in words: three digits and a unit."""
-    for unit in ("", " k", " M", " G", " T"):
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.4g} P"
-
-
 def size(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -115,29 +106,24 @@ def size(count: float) -> str:
 
 
 def layers(spec: Spec, vocab: int, ticks: int | None = None) -> Tree:
-    """The module tree with shapes and parameter counts; what a loop repeats is marked."""
+    """The module tree with shapes and parameter counts. What ticks repeat is for a forward to tell: ``diagram``."""
     with torch.device("meta"):
         model: LanguageModel = spec.build(vocab)
     ticks = ticks or getattr(spec, "ticks", None) or 1
-    top = Tree(f"[bold]{spec.kind}[/bold]  {sum(p.numel() for p in model.parameters()):,} parameters")
-    _branch(top, model, ticks)
+    looped = f"; {ticks} ticks, of which stepladder draw {spec.kind} shows the loop" if ticks > 1 else ""
+    top = Tree(f"[bold]{spec.kind}[/bold]  {sum(p.numel() for p in model.parameters()):,} parameters{looped}")
+    _branch(top, model)
     return top
 
 
-def _branch(tree: Tree, module: nn.Module, ticks: int) -> None:
+def _branch(tree: Tree, module: nn.Module) -> None:
     for name, child in module.named_children():
         params = sum(p.numel() for p in child.parameters())
         if not params:
             continue
         weight = getattr(child, "weight", None)
         shape = " × ".join(map(str, weight.shape)) if isinstance(weight, torch.Tensor) else ""
-        loop_mark = f"  [magenta]↻ {ticks} ticks[/magenta]" if name == "core" and ticks > 1 and _is_loop(module) else ""
-        label = f"{name}: [cyan]{type(child).__name__}[/cyan] {shape}  [dim]{params:,}[/dim]{loop_mark}"
-        _branch(tree.add(label), child, ticks)
-
-
-def _is_loop(module: nn.Module) -> bool:
-    return isinstance(module, Part)
+        _branch(tree.add(f"{name}: [cyan]{type(child).__name__}[/cyan] {shape}  [dim]{params:,}[/dim]"), child)
 
 
 def hops(command: Callable[..., Any]) -> list[str]:

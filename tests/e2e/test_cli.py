@@ -159,7 +159,7 @@ def test_show_and_list_print_what_there_is(stepladder):
     assert "8 ticks, trained in bf16" in shown.stdout
     assert "models.lm.LanguageModel.forward" in shown.stdout
     assert "train/step.py" in shown.stdout
-    assert "↻ 8 ticks" in shown.stdout
+    assert "8 ticks, of which stepladder draw" in shown.stdout
     assert "applications of the shared blocks" in shown.stdout
     for section, field in (("train", "warmup"), ("data", "sequence"), ("eval", "top_p"), ("ladder", "margin_bits")):
         assert field in stepladder("show", section).stdout

@@ -48,6 +48,48 @@ def test_ticks_are_loops_and_equal_blocks_are_one():
     assert "ticks" not in " ".join(texts(drawing.modules(diagram.modules(spec("transformer", "tiny"), VOCAB, 32)))[2:])
 
 
+def loops(tree):
+    """What goes round together, as names, in every module that has loops."""
+    return [
+        [[child["name"] for child in node["children"][first : last + 1]] + [label] for first, last, label in found]
+        for node in every(tree)
+        if (found := drawing._loops(node["children"]))
+    ]
+
+
+def test_one_loop_goes_around_all_that_is_called_in_turn():
+    tree = diagram.modules(spec("recursive_halting", "tiny"), VOCAB, 32, ticks=3)
+    assert loops(tree) == [[["norm", "body", "halting", "norm_out", "3 ticks"]]]
+    tree = diagram.modules(spec("vectur", "tiny"), VOCAB, 32, ticks=3)  # two of these are used without being called
+    assert loops(tree)[0] == [["first", "head_in", "head_out", "control_out", "write_out", "3 ticks"]]
+    assert drawing.modules(tree).count("url(#loop)") == sum(map(len, loops(tree)))
+
+
+def test_a_loop_along_the_text_is_not_called_ticks():
+    tree = diagram.modules(spec("ssm_mem", "tiny"), VOCAB, 32)
+    assert loops(tree) == [[["write_query", "write_out", "norm", "tokens"]]]
+
+
+def test_modules_whose_weights_alone_are_used_stand_where_they_are_declared():
+    (machine,) = [n for n in every(diagram.modules(spec("dnc", "tiny", depth=1), VOCAB, 32)) if n["kind"] == "DNC"]
+    assert [child["name"] for child in machine["children"]] == ["project", "recur", "tell", "out"]
+
+
+def test_names_too_long_for_their_box_do_not_run_into_its_figures():
+    name = "a_node_of_which_the_name_says_everything_that_there_is_to_say_about_it_and_more"
+    nodes = [
+        {"name": name, "part": "swiglu", "inputs": ["input"]},
+        {"name": "out", "part": "sum", "inputs": [name, "input", name]},
+    ]
+    tree = diagram.modules(spec("graph", "tiny", nodes=nodes), VOCAB, 32)
+    words = texts(drawing.modules(tree))
+    (box,) = [line for line in words if line.endswith(": Branch")]
+    assert len(box) < 60
+    assert box.startswith("a_node")
+    assert all(len(line) < 100 for line in words[2:])
+    assert f"←{name}+input+{name}" in "".join("".join(words).split())  # what it reads is all there, on several lines
+
+
 def test_nothing_is_allocated():
     tree = diagram.modules(spec("transformer", "1B"), 32_000, 4096)
     assert tree["params"] > 9e8

@@ -52,7 +52,15 @@ def extra():
 
 
 @pytest.mark.parametrize(
-    ("name", "ticks"), [("transformer", None), ("ssm", None), ("lstm", None), ("shared_loop", 2), ("graph", None)]
+    ("name", "ticks"),
+    [
+        ("transformer", None),
+        ("ssm", None),
+        ("lstm", None),
+        ("shared_loop", 2),
+        ("graph", None),
+        ("recursive_halting", None),
+    ],
 )
 def test_onnxruntime_writes_what_we_write(name, ticks, tmp_path):
     chosen, model = build(name)
@@ -69,11 +77,12 @@ def test_onnxruntime_writes_what_we_write(name, ticks, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dnc", "vectur"])
-def test_architectures_that_no_graph_can_hold_are_refused(name, tmp_path):
-    """One fails in torch's exporter, the other where onnxruntime runs what the exporter wrote."""
+def test_architectures_that_no_graph_can_hold_are_refused(name, tmp_path, capfd):
+    """One fails in torch's exporter, the other where onnxruntime runs what the exporter wrote; neither prints it."""
     with pytest.raises(UserError, match=f"'{name}' cannot be written as an ONNX graph"):
         export(*build(name), tmp_path / "step.onnx", capacity=8)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_graph_that_computes_something_else_is_caught():

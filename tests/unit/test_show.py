@@ -63,4 +63,4 @@ def test_counts_and_bytes_in_words():
         "1 MiB",
         "1.465 PiB",
     ]
-    assert [show.number(count) for count in (1, 12345, 2e9, 3e12, 4e15)] == ["1", "12.3 k", "2 G", "3 T", "4 P"]
+    assert [show.quantity(count) for count in (1, 12345, 2e9, 3e12, 4e15)] == ["1", "12.3 k", "2 G", "3 T", "4 P"]

@@ -49,3 +49,14 @@ def main() -> None:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         typer.echo(f"error: {' '.join(named.split())}", err=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # torch has two kinds of its own for memory, both RuntimeErrors
+        if (
+            not isinstance(error, MemoryError)
+            and "allocate memory" not in str(error)
+            and "out of memory" not in str(error)
+        ):
+            raise
+        typer.echo(
+            "error: this needs more memory than there is; ask for less: a smaller size, batch or length", err=True
+        )
+        sys.exit(2)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 console = Console()
 
+_UNSEEN = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+"""Characters that a terminal would obey: models write those, too."""
+
 
 def say(line: str, bold: bool = False) -> None:
     """A line as it is: nothing is wrapped, and nothing in it is markup."""
@@ -110,7 +113,8 @@ def print_answers(answers: list[dict[str, Any]], ticks: bool) -> None:
     for answer in answers:
         # Segments go out as they are: no wrapping, no markup, no emoji, tabs stay tabs.
         if not shade:
-            parts += [Segment(answer["prompt"], Style(bold=True)), Segment(answer["text"])]
+            parts.append(Segment(answer["prompt"].translate(_UNSEEN), Style(bold=True)))
+            parts.append(Segment(answer["text"].translate(_UNSEEN)))
         for piece, spent, new in pieces(answer) if shade else ():
             told = "" if console.color_system or spent is None else count(spent).translate(small)
             style = shade.get(spent, Style()) if spent is not None else Style()
@@ -159,7 +163,10 @@ def print_verdict(page: Path) -> None:
 
 def print_sweep(home: Path) -> None:
     """The points of a searched sweep, best first."""
-    from stepladder.report.sweep import table
+    from stepladder.core.files import read_json
+    from stepladder.report.sweep import headline, table
 
-    console.print(table(home))
+    found = read_json(home / "results.json")
+    say(headline(found))
+    console.print(table(found))
     say(f"results: {home / 'results.md'}")

@@ -190,6 +190,7 @@ def _decode(
             ticks=ticks,
             logits_at="last",
             trace="ticks",
+            spend_state=True,
             **({} if images is None else {"images": images}),
         )
         assert out.logits is not None

@@ -32,17 +32,21 @@ class Request(Config):
 def read(texts: Sequence[str], file: Path | None, options: dict[str, Any]) -> list[Request]:
     """A request for every text, then for every line of a file, all with ``options``.
 
-    file: .jsonl with an object a line, a "prompt" and whatever options it has of its own; any other file has a prompt
-    a line. Empty lines are left out. No prompt at all, and a line that is not as it should be, is a UserError.
+    file: .jsonl with an object a line, a "prompt" and whatever options it has of its own; any other file, but for
+    .json, has a prompt a line. Empty lines are left out. No prompt at all, and a line that is not as it should be, is
+    a UserError.
     """
     found = [validate(Request, {**options, "prompt": text}, "prompt") for text in texts]
     if file is not None:
+        if file.suffix == ".json":
+            raise UserError(f"{file}: write an object a line, and call the file .jsonl")
         for number, line in enumerate(read_text(file).split("\n"), start=1):
-            where = f"{file}, line {number}"
+            where = f"{file}: line {number}"
             line = line.removesuffix("\r")
             if not line.strip():
                 continue
-            own = parse_json(line, where) if file.suffix == ".jsonl" else {"prompt": line}
+            # Behind as many empty lines a flaw has its own number.
+            own = parse_json("\n" * (number - 1) + line, str(file)) if file.suffix == ".jsonl" else {"prompt": line}
             if not isinstance(own, dict):
                 raise UserError(f'{where}: write an object, such as {{"prompt": "3+4=", "temperature": 0.5}}')
             found.append(validate(Request, {**options, **own}, where))

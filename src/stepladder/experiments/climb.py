@@ -44,10 +44,11 @@ class Failed(SystemExit):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a ladder: which rung and seed, and the frozen run itself."""
+    """One run of a ladder: which rung and seed, the frozen run itself, and files whose locks last as long as it."""
 
     rung: str
     run: Run
+    locks: tuple[int, ...] = ()
 
 
 def climb(
@@ -292,6 +293,7 @@ def _start(job: Job, home: Path, gpu: str | None, plugins: tuple[str, ...]) -> s
             stderr=subprocess.STDOUT,
             env={**os.environ, **place, "OMP_NUM_THREADS": threads},
             start_new_session=True,  # the terminal's SIGINT comes to us alone; we tell the children, once
+            pass_fds=job.locks,
         )
 
 

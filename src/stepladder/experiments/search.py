@@ -1,8 +1,8 @@
 """Search sweeps: runs as processes, several at a time; whoever gives the same command again goes on, or joins in.
 
 Several processes may work at one sweep (on one machine, or on a disk where ``flock`` holds between machines). Each
-holds the points it works at by a lock on a file under ``claims/``, which dies with its holder, however that ends. What
-was found is read from the runs' own files, so there is nothing to restore.
+holds the points it works at by a lock on a file under ``claims/``, and so do their runs: it dies with the last of
+them, however that ends. What was found is read from the runs' own files, so there is nothing to restore.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sweeps(
     """Sweep files and ``path=value`` overrides for all of them, as they are typed; every file is checked before any
     run. Returns the folder of each, and its runs that failed; with ``wandb``, that file is written and nothing run.
     """
-    files = [word for word in words if "=" not in Path(word).name]
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
     if not files:
         raise UserError("name a sweep file, such as sweeps/attention.yaml; overrides come after it")
     plans = [plan(read(Path(file), [word for word in words if word not in files]), cache_folder()) for file in files]
@@ -54,7 +54,9 @@ def sweeps(
     if wandb is not None:
         if len(plans) > 1:
             raise UserError("a W&B file holds one sweep; export them one at a time")
-        say(f"{export(plans[0], wandb, root)}: wandb sweep {wandb}")
+        if wandb.resolve() == Path(files[0]).resolve():
+            raise UserError(f"{wandb} is the sweep itself; give the W&B file another name")
+        say(f"written: {wandb}, {export(plans[0], wandb, root)}; to start it: wandb sweep {wandb}")
         return []
     return [search(made, root, jobs=jobs, plugins=plugins, say=say) for made in plans]
 
@@ -121,7 +123,9 @@ class _Listed:
             file.close()
 
     def _open(self, point: Point) -> list[Job]:
-        return [Job(told(point.values), run) for run in point.runs if not finished(self.home / run.name, run)]
+        claim = self.claims.get(point.runs[0].name)
+        locks = (claim.fileno(),) if claim else ()
+        return [Job(told(point.values), run, locks) for run in point.runs if not finished(self.home / run.name, run)]
 
     def _claim(self, point: Point) -> bool:
         """Whether this process works at a point from now on; not if another does, or this one has tried already."""

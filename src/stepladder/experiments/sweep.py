@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 import stepladder.eval  # noqa: F401  (registers the suites, whose figures are objectives)
 from stepladder.core.config import Config, Field, canonical, override, points, read_tree, validate
@@ -20,6 +21,7 @@ from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, read_lines, safe_name
 from stepladder.core.keys import key
 from stepladder.core.registry import did_you_mean
+from stepladder.core.trees import parse_yaml
 from stepladder.data.stream import Stream
 from stepladder.eval import suite
 from stepladder.experiments.climb import finished
@@ -63,6 +65,13 @@ class Range(Config):
         return int(min(max(round(value), self.low), self.high)) if self.whole else min(max(value, self.low), self.high)
 
 
+# Told apart by what is written, so that a flawed range is not also said to be no list.
+_Choices = Annotated[
+    Annotated[list[Any], Tag("list")] | Annotated[Range, Tag("range")],
+    Discriminator(lambda given: "range" if isinstance(given, dict | Range) else "list"),
+]
+
+
 class Sweep(Config):
     """The file that says what is searched. ``run`` is what all points share; a point is what it changes in that."""
 
@@ -75,7 +84,7 @@ class Sweep(Config):
         "mean; or final_loss, of training"
     )
     goal: Literal["minimise", "maximise"] = Field(description="what is best")
-    space: dict[str, list[Any] | Range] = Field(
+    space: dict[str, _Choices] = Field(
         min_length=1, description="path in the run -> list of values, or {low, high, log, whole}"
     )
     points: int | None = Field(None, ge=1, description="points of random and tpe; a grid has its own number")
@@ -87,6 +96,8 @@ class Sweep(Config):
     @model_validator(mode="after")
     def _check(self) -> Sweep:
         safe_name(self.name)
+        if there := {"name", "seed"} & self.run.keys():
+            raise UserError(f"run: '{min(there)}' is not shared: points have names and seeds of their own; see seeds")
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError("a seed is listed twice; every seed is one independent run")
         if (self.method == "grid") != (self.points is None):
@@ -124,8 +135,14 @@ class Plan:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """A sweep file with ``path=value`` overrides."""
-    return validate(Sweep, override(read_tree(path), overrides), str(path))
+    """A sweep file with ``path=value`` overrides; ``space.train.lr=[0.1]`` sets what the path ``train.lr`` may be."""
+    varied = [word for word in overrides if re.match(r"space\..+=", word)]
+    tree = override(read_tree(path), [word for word in overrides if word not in varied])
+    space = tree.setdefault("space", {})
+    for place, _, values in (word.removeprefix("space.").partition("=") for word in varied):
+        if isinstance(space, dict):  # else the file is refused anyway
+            space[place] = parse_yaml(values, f"override 'space.{place}={values}'")
+    return validate(Sweep, tree, str(path))
 
 
 def plan(sweep: Sweep, cache_dir: Path) -> Plan:
@@ -172,12 +189,15 @@ def plan(sweep: Sweep, cache_dir: Path) -> Plan:
     return Plan(sweep, make, example.train, list(found.values()), invalid)
 
 
+def _place(sweep: Sweep, values: dict[str, Any]) -> str:
+    return f"sweep {sweep.name}, point {told(values)}"
+
+
 def _maker(sweep: Sweep, cache_dir: Path) -> Callable[[dict[str, Any]], Point]:
-    where = f"sweep {sweep.name}"
     vocabularies: dict[str, int] = {}
 
     def make(values: dict[str, Any]) -> Point:
-        place = f"{where}, point {told(values)}"
+        place = _place(sweep, values)
         try:
             tree = points(sweep.run, {path: [value] for path, value in values.items()})[0]
             run = Run.of({**tree, "name": "point", "seed": 0}, place)
@@ -291,7 +311,10 @@ def results(made: Plan, home: Path) -> dict[str, Any]:
     sign = 1 if made.sweep.goal == "minimise" else -1
     found = [outcome(made.sweep, point, home) for point in made.points]
     found.sort(key=lambda entry: (entry["objective"] is None, sign * (entry["objective"] or 0.0)))
-    left_out = [{"point": values, "status": "invalid", "reason": reason} for values, reason in made.invalid]
+    left_out = [
+        {"point": values, "status": "invalid", "reason": reason.removeprefix(f"{_place(made.sweep, values)}: ")}
+        for values, reason in made.invalid
+    ]
     return {
         "sweep": made.sweep.model_dump(mode="json"),
         "best": found[0] if found and found[0]["status"] == "complete" else None,

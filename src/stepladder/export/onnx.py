@@ -90,7 +90,9 @@ def export(
         )
         assert written is not None
         graph = written.model_proto
-        _run(onnxruntime.InferenceSession(graph.SerializeToString()), model, start, ticks)
+        quiet = onnxruntime.SessionOptions()
+        quiet.log_severity_level = 4  # what goes wrong is raised; it need not be printed, too
+        _run(onnxruntime.InferenceSession(graph.SerializeToString(), quiet), model, start, ticks)
     about = {
         "schema": 1,
         "architecture": spec.kind,

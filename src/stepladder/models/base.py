@@ -133,6 +133,8 @@ class Context:
     key_B: one random key a row; tick: which application of a shared core this is (keys noise, nothing else).
     recompute: whether blocks drop their activations and recompute them in the backward pass.
     edits: interventions by the name of the tap they are for (see ``edited``), or None.
+    spend: whether nobody goes on from the state that was passed in, so that a preallocated cache may be written in
+        place. Copying every cache for every token is otherwise a good part of what decoding costs.
     """
 
     tokens_BT: Tensor
@@ -144,6 +146,7 @@ class Context:
     recompute: bool
     sink: Sink
     edits: Mapping[str, Edit] | None = None
+    spend: bool = False
 
     def at_tick(self, tick: int) -> Context:
         """This context as the ``tick``-th application of a shared core sees it."""

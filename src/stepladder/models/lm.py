@@ -86,6 +86,7 @@ class LanguageModel(nn.Module):
         recompute: bool = False,
         edits: Mapping[str, Edit] | None = None,
         images: Images | None = None,
+        spend_state: bool = False,
     ) -> Output:
         """Run a chunk of tokens, from the start of a sequence (state None) or from where ``state`` left off.
 
@@ -95,7 +96,8 @@ class LanguageModel(nn.Module):
         at the start of a sequence, later calls carry it in the state. logits_at: None = all positions, "last", or
         a boolean mask (B, T). trace: collect diagnostics, or "ticks" alone. recompute: trade compute for activation
         memory. edits: interventions, functions by the name of the tap whose value they replace (see Context.edited).
-        images: what stands at some positions in place of tokens, whose ids there have no embedding.
+        images: what stands at some positions in place of tokens, whose ids there have no embedding. spend_state: the
+        caller will not use ``state`` again, so this call may write into it (with gradients it never does).
         """
         if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
             raise UserError(f"tokens have shape {tuple(tokens_BT.shape)}; give (batch, length >= 1) integer ids")
@@ -108,7 +110,8 @@ class LanguageModel(nn.Module):
             packed = True
         positions_BT, document_B = _positions(tokens_BT, state, documents)
         sink = Sink(trace={} if trace else None, full=trace != "ticks")
-        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits)
+        spend = spend_state and not torch.is_grad_enabled()
+        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits, spend)
 
         x_BTD = self.embed(ctx, None if images is None else self._seen(images, tokens_BT))
         x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-WIDTH, PAD, GAP, ROW, LOOP = 760, 14, 16, 34, 76
+from stepladder.report.words import quantity
+
+WIDTH, PAD, GAP, ROW = 760, 14, 16, 34
+BOLD, PLAIN, SMALL = 8.8, 7.4, 5.7  # width of a letter at 13, 13 and 12 pixels, rather too large
 INK, MUTED, LINE, ACCENT = "#23252b", "#676b74", "#b9b4a8", "#b0480a"
 FILLS = ("#fcfbf8", "#f2f5f8", "#e6edf3", "#dbe5ee", "#d0dde9")
 LEAF = "#ffffff"
@@ -17,7 +21,7 @@ def modules(tree: Mapping[str, Any]) -> str:
     """The tree of ``stepladder.diagram.modules``: what comes in at the top goes out at the bottom; arrows are loops."""
     lines: list[str] = []
     height = _box(tree, PAD, 62, WIDTH - 2 * PAD, 0, lines)
-    title = f"{tree['name']}: {tree['params']:,} parameters, {count(tree['flops'])} FLOPs per token"
+    title = f"{tree['name']}: {tree['params']:,} parameters, {quantity(tree['flops'])} FLOPs per token"
     below = f"vocabulary {tree['vocab']:,}, context {tree['context']:,}; FLOPs are forward, per token; "
     below += "of what is repeated, those of one call"
     head = [_text(PAD, 28, title, 17, INK, weight=600), _text(PAD, 48, below, 12, MUTED)]
@@ -26,38 +30,63 @@ def modules(tree: Mapping[str, Any]) -> str:
 
 def _box(node: Mapping[str, Any], x: float, y: float, width: float, depth: int, lines: list[str]) -> float:
     """Draw a module and what it holds; returns its height."""
-    place, inner = len(lines), y + ROW
+    place = len(lines)
     children = node["children"]
-    room = LOOP if any(child["repeat"] > 1 for child in children) else 0
+    shape = " × ".join(map(str, node["shape"])) if node["shape"] else ""
+    facts = [shape, f"{quantity(node['params'])} params" if node["params"] else ""]
+    facts += [f"{quantity(node['flops'])} FLOPs" if node["flops"] else ""]
+    right = "  ·  ".join(filter(None, facts))
+    times = f"  × {node['count']}" if node["count"] > 1 else ""
+    kind = f"{node['name']}: {node['kind']}" if node["kind"] else node["name"]
+    kind = _short(kind, int((width - 36 - len(right) * SMALL) / BOLD) - len(times))
+    told = "" if node["reads"] is None else "← " + " + ".join(node["reads"])
+    beside = (len(kind) + len(times)) * BOLD + len(told) * PLAIN + len(right) * SMALL + 60 < width
+    below = [] if beside else textwrap.wrap(told, int((width - 40) / PLAIN))
+    top = y + ROW + 18 * len(below)
+    inner, spans = top, list[tuple[float, float]]()
+    loops = _loops(children)
+    longest = max((len(label) for *_, label in loops), default=0)
+    room = 34 + longest * BOLD if loops else 0
+    left, size = x + PAD, width - 2 * PAD - room
     for number, child in enumerate(children):
-        left, size = x + PAD, width - 2 * PAD - room
         high = _box(child, left, inner, size, depth + 1, lines)
-        if child["repeat"] > 1:
-            lines.append(_loop(left + size, inner, high, f"{child['repeat']} ticks"))
+        spans.append((inner, inner + high))
         inner += high + GAP
         if number + 1 < len(children) and not child["reads"]:
             middle = left + size / 2
             lines.append(_arrow(middle, inner - GAP, middle, inner - 1, MUTED))
+    lines += [_loop(left + size, spans[first][0], spans[last][1], label) for first, last, label in loops]
     height = inner - y - (GAP - PAD if children else 0)
     fill = FILLS[min(depth, len(FILLS) - 1)] if children else LEAF
-    kind = f"{node['name']}: {node['kind']}" if node["kind"] else node["name"]
-    told = "" if node["reads"] is None else "  ← " + " + ".join(node["reads"])
-    times = f"  × {node['count']}" if node["count"] > 1 else ""
-    shape = " × ".join(map(str, node["shape"])) if node["shape"] else ""
-    facts = [shape, f"{count(node['params'])} params" if node["params"] else ""]
-    facts += [f"{count(node['flops'])} FLOPs" if node["flops"] else ""]
     drawn = [f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="5" fill="{fill}" stroke="{LINE}"/>']
     if node["count"] > 1:  # a second card behind the first: there are several
         drawn.insert(0, drawn[0].replace(f'x="{x:g}" y="{y:g}"', f'x="{x + 4:g}" y="{y + 4:g}"'))
-    drawn.append(_text(x + 10, y + 22, kind, 13, INK, weight=600, more=told, loud=times))
-    drawn.append(_text(x + width - 10, y + 22, "  ·  ".join(filter(None, facts)), 12, MUTED, anchor="end"))
+    drawn.append(_text(x + 10, y + 22, kind, 13, INK, weight=600, more=f"  {told}" * bool(told and beside), loud=times))
+    drawn.append(_text(x + width - 10, y + 22, right, 12, MUTED, anchor="end"))
+    drawn += [_text(x + 10, y + 40 + 18 * number, line, 13, MUTED) for number, line in enumerate(below)]
     lines[place:place] = drawn
     return height
 
 
-def _loop(x: float, y: float, height: float, label: str) -> str:
-    """From the bottom of a box back to its top, on its right."""
-    low, high, far = y + height - 10, y + 12, x + 22
+def _short(text: str, letters: int) -> str:
+    """The text, its middle left out if it has too many letters: names differ at either end."""
+    cut = max(letters, 9) // 2
+    return text if len(text) <= letters else f"{text[: cut - 1]}…{text[-cut:]}"
+
+
+def _loops(children: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, str]]:
+    """First and last child of every loop, and what goes round in it."""
+    found: list[tuple[int, int, str]] = []
+    for number, child in enumerate(children):
+        if child["repeat"] != 1:
+            first = found.pop()[0] if child["joins"] else number
+            found.append((first, number, f"{child['repeat']} ticks" if child["repeat"] else "tokens"))
+    return found
+
+
+def _loop(x: float, top: float, bottom: float, label: str) -> str:
+    """From the bottom of the last box back to the top of the first, on their right."""
+    low, high, far = bottom - 10, top + 12, x + 22
     path = f"M{x:g} {low:g} H{far:g} V{high:g} H{x + 3:g}"
     drawn = f'<path d="{path}" fill="none" stroke="{ACCENT}" stroke-width="1.8" marker-end="url(#loop)"/>'
     return drawn + _text(far + 5, (low + high) / 2 + 4, label, 12, ACCENT, weight=600)
@@ -87,7 +116,7 @@ def autograd(graph: Mapping[str, Any]) -> str:
         x, y = place[number]
         parameter = node["parameter"]
         label = node["label"] if parameter is None else parameter
-        short = label if len(label) <= 18 else "…" + label[-17:]
+        short = label if len(label) <= 17 else "…" + label[-16:]
         fill, stroke = (LEAF, LINE) if parameter is None else ("#d0dde9", "#0f4c7a")
         lines.append(
             f'<g><title>{escape(label)}</title><rect x="{x - 57:g}" y="{y - 13:g}" width="114" height="26" rx="4" '
@@ -127,16 +156,6 @@ def _layers(count: int, edges: Sequence[Sequence[int]]) -> list[list[int]]:
         layer.sort(key=lambda node: sum(where[b] for b in above[node]) / max(1, len(above[node])))
         where.update({node: (number + 0.5) / len(layer) for number, node in enumerate(layer)})
     return layers
-
-
-def count(value: float | None) -> str:
-    """A count in words: three digits and a unit."""
-    value = value or 0
-    for unit in ("", " k", " M", " G"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.4g} T"
 
 
 def _text(

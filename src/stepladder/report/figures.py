@@ -257,6 +257,46 @@ def tick_bars(shares: dict[str, dict[int, float]], budget: int, style: Style, na
         return svg(figure, name, title)
 
 
+def standings(
+    places: dict[str, dict[str, float]], rows: list[dict[str, Any]], look: dict[str, Style], name: str, title: str
+) -> str:
+    """Accuracy over mean ticks of all rungs on a task: those of fixed ticks joined, beside the others their exits.
+
+    places: of every rung, see halting.standings. rows: one a rung that decides, see halting.exits.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8))
+        axes = figure.subplots()
+        decides = {row["rung"] for row in rows}
+        fixed = sorted((at["ticks"], 100 * at["accuracy"]) for rung, at in places.items() if rung not in decides)
+        if fixed:
+            axes.plot(*zip(*fixed, strict=True), color=MUTED, linestyle="--", linewidth=1)
+        for row in rows:
+            colour = look[row["rung"]].colour
+            for key, ticks, marker, size, face in (
+                ("random", "mean_ticks", "o", 12, "none"),
+                ("oracle", "oracle_ticks", "*", 9, colour),
+            ):
+                place = (row[ticks], 100 * row[key])
+                axes.plot(*place, marker=marker, markersize=size, color=face, markeredgecolor=colour)
+        for rung, at in places.items():
+            style = look[rung]
+            face = PAPER if style.colour == INK else style.colour
+            axes.plot([at["ticks"]] * 2, [100 * at["low"], 100 * at["high"]], color=style.colour, linewidth=0.8)
+            place = (at["ticks"], 100 * at["accuracy"])
+            axes.plot(*place, marker=style.marker, markersize=6.5, color=face, markeredgecolor=style.colour)
+        axes.margins(0.08, 0.12)
+        low, high = axes.get_ylim()
+        pad = max(0.0, 10 - (high - low)) / 2  # of a difference of a point or two no mountain is made
+        axes.set_ylim(low - pad, high + pad)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+        axes.set_xlabel("mean executed ticks")
+        _grid(axes, "y")
+        return svg(figure, name, title)
+
+
 def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name: str, title: str) -> str:
     """Accuracy over mean ticks: one budget for all (line), and the learned, random and oracle exits (points)."""
     with mpl.rc_context(STYLE):
@@ -274,7 +314,7 @@ def exit_curve(row: dict[str, Any], fixed: dict[int, float], style: Style, name:
                 va="center", ha=align,
             )  # fmt: skip
         axes.set_ylim(-0.05, 1.15)
-        axes.set_xlim(0.6, max(fixed) + 1.2)
+        axes.set_xlim(1 - 0.17 * max(fixed), 1.25 * max(fixed))
         axes.xaxis.set_major_locator(FixedLocator(_some([*fixed], 16)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.set_xlabel("mean executed ticks")

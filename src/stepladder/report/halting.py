@@ -30,7 +30,8 @@ def exits(evidence: Evidence) -> list[dict[str, Any]]:
     """A row for every such rung and task: means over cells and seeds of what the suite ``halting`` found.
 
     gain and over_fixed: ``{"mean", "sd", "stderr"}``: the spread is over seeds; with one seed there is none, and the
-    standard error over its items stands in. error: calibration error at and beyond the training sizes.
+    standard error over its items stands in. over_trained: likewise, its accuracy less that of ``fixed_rungs`` at as
+    many executed ticks; None if these are not on both sides. error: calibration error at and beyond the training sizes.
     """
     rows = []
     for rung, runs in choosers(evidence).items():
@@ -40,6 +41,7 @@ def exits(evidence: Evidence) -> list[dict[str, Any]]:
             for name in _MEANS:
                 row[name] = float(np.mean([np.mean([cell[name] for cell in group]) for group in groups]))
             row |= {name: _gain(groups, name) for name in _GAINS}
+            row["over_trained"] = _over_trained(evidence, runs, task)
             marks = [entry for run in runs for entry in _of(run, "calibration", task)]
             row["error"] = {
                 regime: _mean([entry["error"] for entry in marks if entry["regime"] == regime])
@@ -49,6 +51,55 @@ def exits(evidence: Evidence) -> list[dict[str, Any]]:
             row["ticks_and_size"] = _mean([value for value in tied if value is not None])
             rows.append(row)
     return rows
+
+
+def standing(run: RunFiles, task: str) -> tuple[float, float]:
+    """Mean executed ticks and accuracy of a task's answer tokens as the model runs, means over cells."""
+    cells = _of(run, "cells", task)
+    return float(np.mean([cell["mean_ticks"] for cell in cells])), float(np.mean([cell["accuracy"] for cell in cells]))
+
+
+def standings(evidence: Evidence, task: str) -> dict[str, dict[str, float]]:
+    """By rung, of fixed ticks or deciding: mean ``ticks`` and ``accuracy`` on a task, ``low`` and ``high`` of seeds."""
+    found = {}
+    for rung, runs in {**fixed_rungs(evidence), **choosers(evidence)}.items():
+        ticks, accuracy = np.array([standing(run, task) for run in runs]).T
+        found[rung] = {
+            "ticks": ticks.mean(),
+            "accuracy": accuracy.mean(),
+            "low": accuracy.min(),
+            "high": accuracy.max(),
+        }
+    return found
+
+
+def fixed_rungs(evidence: Evidence) -> dict[str, list[RunFiles]]:
+    """The evaluated runs of rungs that differ from the control at most in a number of ticks that is fixed."""
+    about = evidence.ladder["rungs"]
+    found = {
+        rung: [run for run in evidence.of(rung) if HALTING in run.suites and not run.suites[HALTING].get("chooses")]
+        for rung in evidence.rungs
+        if rung == evidence.control or str(about[rung].get("factor")).startswith("model.ticks:")
+    }
+    return {rung: runs for rung, runs in found.items() if runs}
+
+
+def _over_trained(evidence: Evidence, runs: Sequence[RunFiles], task: str) -> dict[str, float | None] | None:
+    """The accuracy of runs less what those of ``fixed_rungs`` of the same seed have at equal executed ticks.
+
+    Between two numbers of ticks that were trained, accuracy is taken as linear: some tokens here, the others there.
+    """
+    groups = fixed_rungs(evidence).values()
+    found = []
+    for run in runs:
+        ticks, accuracy = standing(run, task)
+        rivals = sorted(standing(each, task) for group in groups for each in group if each.seed == run.seed)
+        if not rivals or not rivals[0][0] <= ticks <= rivals[-1][0]:
+            return None
+        known, reached = np.array(rivals).T
+        found.append(accuracy - float(np.interp(ticks, known, reached)))
+    spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
+    return {"mean": float(np.mean(found)), "sd": spread, "stderr": None}
 
 
 def _of(run: RunFiles, name: str, task: str) -> list[dict[str, Any]]:

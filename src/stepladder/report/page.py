@@ -107,7 +107,13 @@ def _halting(evidence: Evidence, verdict: dict[str, Any], look: dict[str, figure
         line = halting.fixed(mine, task)
         curve = figures.exit_curve(row, line, style, f"exits{n}", f"Accuracy over executed ticks: {where}")
         panels.append({"where": where, "bars": bars, "curve": curve})
-    return {"heads": heads, "exits": panels}
+    standings = []
+    for n, task in enumerate(dict.fromkeys(row["task"] for row in verdict["halting"]["exits"])):
+        rows = [row for row in verdict["halting"]["exits"] if row["task"] == task]
+        places = halting.standings(evidence, task)
+        title = f"Accuracy over executed ticks, all rungs: {task}"
+        standings.append({"task": task, "svg": figures.standings(places, rows, look, f"standing{n}", title)})
+    return {"heads": heads, "exits": panels, "standings": standings}
 
 
 def _open(verdict: dict[str, Any]) -> list[tuple[str, dict[str, Any], float | None]]:

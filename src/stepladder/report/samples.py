@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from stepladder.core.errors import UserError
 from stepladder.core.files import write_atomic
+from stepladder.report import templates
 from stepladder.report.words import number
 
 LIGHT, DARK = (0xE8, 0xEE, 0xF3), (0x0F, 0x4C, 0x7A)
@@ -54,13 +53,6 @@ def write(answers: Sequence[dict[str, Any]], about: dict[str, Any], file: str | 
 
     about: what the model is, by name. The same answers give the same bytes.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stepladder", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     colours = shades(answers)
     rank: dict[float | None, int] = {ticks: place for place, ticks in enumerate(colours)}
     texts = []
@@ -69,8 +61,10 @@ def write(answers: Sequence[dict[str, Any]], about: dict[str, Any], file: str | 
                   for piece, ticks, new in pieces(answer)]  # fmt: skip
         new = [ticks for _, ticks, written in pieces(answer) if written and ticks is not None]
         texts.append({**answer, "pieces": marked, "mean": number(sum(new) / len(new), 2) if new else None})
-    page = environment.get_template("samples.html.jinja").render(
-        about=about, answers=texts, legend=[(count(ticks), shade) for ticks, shade in colours.items()]
+    page = (
+        templates.environment()
+        .get_template("samples.html.jinja")
+        .render(about=about, answers=texts, legend=[(count(ticks), shade) for ticks, shade in colours.items()])
     )
     write_atomic(file, page)
     return Path(file)

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from stepladder.core.files import read_json, write_atomic, write_json
+from stepladder.core.files import write_atomic, write_json
 from stepladder.report.tables import csv_text, escape_markdown, markdown
 
 
@@ -39,18 +39,18 @@ def told(values: dict[str, Any]) -> str:
 
 
 def headline(found: dict[str, Any]) -> str:
-    """The best point in one sentence."""
+    """The best point in one sentence, with its runs."""
     sweep, best = found["sweep"], found["best"]
     if best is None:
         return f"{sweep['name']}: no point has a result"
     spread = f" (spread {_short(best['spread'])} over {len(best['runs'])} seeds)" if best["spread"] is not None else ""
-    return f"best {sweep['metric']} of {sweep['name']}: {_short(best['objective'])}{spread} with {told(best['point'])}"
+    value = f"best {sweep['metric']} of {sweep['name']}: {_short(best['objective'])}{spread}"
+    return f"{value} with {told(best['point'])} ({', '.join(best['runs'].values())})"
 
 
-def table(home: Path) -> Table:
+def table(found: dict[str, Any]) -> Table:
     """The points of a searched sweep, best first."""
-    found = read_json(home / "results.json")
-    shown = Table(*_header(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=headline(found))
+    shown = Table(*_header(found), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in _rows(found):
         shown.add_row(*map(escape, row))
     return shown

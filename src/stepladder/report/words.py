@@ -23,7 +23,8 @@ def signed(value: float | None, unit: str) -> str:
     """A difference in its unit: points of accuracy (x 100) or bits per byte."""
     if value is None:
         return UNKNOWN
-    text = f"{100 * value:+.1f}" if unit == "accuracy" else f"{value:+.3f}"
+    shown, digits = (100 * value, 1) if unit == "accuracy" else (value, 3)
+    text = f"{round(shown, digits) + 0.0:+.{digits}f}"  # + 0: what rounds to nothing has no sign of its own
     return text.replace("-", MINUS)
 
 
@@ -47,7 +48,7 @@ def quantity(value: float | None, unit: str = "") -> str:
     if value is None:
         return UNKNOWN
     for scale, prefix in _SCALES:
-        if abs(value) >= scale:
+        if abs(value) >= 0.9995 * scale:  # which is 1 with three digits
             return f"{value / scale:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".strip()
 

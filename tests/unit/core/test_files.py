@@ -48,6 +48,15 @@ def failing(code: int) -> Callable[..., Any]:
 # --- write_atomic
 
 
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as caught:
+        files.write_atomic(tmp_path, "x")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path), None)
+    with pytest.raises(OSError, match="No such file") as caught:
+        files.write_atomic("/proc/x.svg", "x")
+    assert caught.value.filename == "/proc/x.svg"
+
+
 def test_write_atomic_writes_replaces_and_makes_folders(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.txt"
     write_atomic(path, "first é")

@@ -90,12 +90,19 @@ def test_files_of_prompts(tmp_path):
         ('{"text": "a"}', "line 2: .*prompt"),
         ('{"prompt": "a"', "line 2: .*not valid JSON"),
         ("[1]", "line 2: write an object"),
+        ('{"prompt": "a", "prompt": "b"}', r"p\.jsonl: line 2: duplicate key"),
     ],
 )
 def test_a_flaw_names_its_line(tmp_path, line, flaw):
     (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(UserError, match=flaw):
         read([], tmp_path / "p.jsonl", {})
+
+
+def test_a_json_file_is_not_read_as_lines_of_text(tmp_path):
+    (tmp_path / "p.json").write_text('[{"prompt": "a"}]')
+    with pytest.raises(UserError, match=r"call the file \.jsonl"):
+        read([], tmp_path / "p.json", {})
 
 
 def test_nothing_to_continue_is_refused(tmp_path):

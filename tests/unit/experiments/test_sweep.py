@@ -1,10 +1,12 @@
 """Sweeps: which points there are, what is refused before anything runs, what is taken up, and which point is best."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -92,6 +94,15 @@ def test_a_grid_is_every_combination_and_a_run_is_named_by_what_it_is(made):
     assert len({run.hash() for point in made(seeds=[0, 1]).points for run in point.runs}) == 8
 
 
+def test_overrides_reach_a_path_of_the_space_and_a_file_is_told_from_a_value(made, tmp_path):
+    points = made("space.train.lr=[0.5]", "space.model.depth=[1, 2]").points
+    assert {(p.values["train.lr"], p.values["model.heads"], p.values["model.depth"]) for p in points} == {
+        (0.5, heads, depth) for heads in (1, 2) for depth in (1, 2)
+    }
+    with pytest.raises(UserError, match="no metric 'algorithmic/cpoy'"):  # the word has a slash, and is no file
+        sweeps([str(tmp_path / "little.json"), "metric=algorithmic/cpoy"], tmp_path / "runs")
+
+
 def test_random_draws_stay_within_their_ranges_and_do_not_depend_on_other_paths(made):
     lr = {"low": 1e-4, "high": 1e-1, "log": True}
     space = {"train.lr": lr, "model.depth": {"low": 1, "high": 3, "whole": True}}
@@ -122,6 +133,9 @@ def test_draws_are_without_repetition_and_a_space_too_small_is_refused(made):
         ({"space": {"train.lr": []}}, "one or more values"),
         ({"space": {"train.lr": {"low": 1, "high": 2}}}, "a grid needs a list"),
         ({"space": {"train.lr": {"low": 2, "high": 1}}}, "must be below"),
+        ({"space": {"train.lr": {"low": 2}}}, "'space.train.lr.high' is missing; give it a value$"),
+        ({"space": {"train.lr": 3}}, "space.train.lr = 3: must be a list$"),
+        ({"run": {**SWEEP["run"], "seed": 3}}, "'seed' is not shared"),
         ({"space": {"train.lr": {"low": 0, "high": 1, "log": True}}}, "has no logarithm"),
         ({"space": {"train.log_every": [1, 2]}}, "are the same run"),
         ({"metric": "algorithmic/cpoy"}, "no metric 'algorithmic/cpoy'.*did you mean 'algorithmic/copy'"),
@@ -144,6 +158,7 @@ def test_invalid_points_are_left_out_and_listed_if_the_sweep_says_so(made, start
     assert len(started) == 2
     last = read_json(home / "results.json")["points"][-1]
     assert (last["status"], last["point"]) == ("invalid", {"model.heads": 3})
+    assert last["reason"].startswith("3 heads do not divide")  # which point it is, the row says
 
 
 def test_the_best_point_is_that_of_the_best_mean_over_seeds(made, started, tmp_path):
@@ -156,7 +171,9 @@ def test_the_best_point_is_that_of_the_best_mean_over_seeds(made, started, tmp_p
     worst, _ = go(made(seeds=[0, 2], goal="minimise"), tmp_path)
     assert read_json(worst / "results.json")["best"]["point"]["train.lr"] == 0.001
     assert len(started) == 8  # which the second search found done
-    assert "best algorithmic/copy of little" in (home / "results.md").read_text()
+    told = (home / "results.md").read_text()
+    assert "best algorithmic/copy of little" in told
+    assert all(name in told for name in read_json(worst / "results.json")["best"]["runs"].values())
     assert len((home / "results.csv").read_text().splitlines()) == 5
 
 
@@ -212,6 +229,51 @@ def test_a_point_that_another_process_works_at_is_left_to_it(made, started, tmp_
     assert [entry["status"] for entry in read_json(home / "results.json")["points"]].count("open") == 1
     go(made(), tmp_path)
     assert len(started) == 4
+
+
+def test_a_run_whose_sweep_was_killed_holds_its_point_until_it_has_ended(made, tmp_path):
+    """Or the next call would start a second process for the same run, which can only fail."""
+    made()
+    waits = f"""
+import subprocess, sys
+from pathlib import Path
+from stepladder.experiments import climb
+from stepladder.experiments.search import search
+from stepladder.experiments.sweep import plan, read
+popen = subprocess.Popen
+climb.subprocess.Popen = lambda command, **options: popen(["sleep", "60"], **options)
+search(plan(read(Path({str(tmp_path / "little.json")!r})), Path({str(tmp_path / "cache")!r})), Path("runs"), jobs=1)
+"""
+    point = made().points[0]
+    lock = tmp_path / "runs/little/claims" / point.runs[0].name
+    log = tmp_path / "runs/little/logs" / f"{point.runs[0].name}.log"
+
+    def free():
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    def children(pid):
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+        return [int(word) for word in found.stdout.split()]
+
+    with subprocess.Popen([sys.executable, "-c", waits], cwd=tmp_path) as holder:
+        until = time.monotonic() + 120
+        while not (log.exists() and children(holder.pid)) and time.monotonic() < until:
+            time.sleep(0.05)
+        (child,) = children(holder.pid)
+        holder.kill()
+    try:
+        assert not free()
+    finally:
+        os.kill(child, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while not free() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert free()
 
 
 def test_a_mean_is_of_the_figures_below_a_name_and_none_if_one_is_not_finite():
@@ -335,6 +397,14 @@ def test_a_sweep_of_the_house_is_valid_and_goes_to_wandb(path, tmp_path, monkeyp
     assert told["command"][-1] == "${args_no_hyphens}"
     assert sweep.name == path.stem
     assert read_json(out.with_suffix(".run.json"))["model"]["kind"] == "recursive_halting"
+
+
+def test_a_wandb_file_does_not_replace_the_sweep(tmp_path):
+    path = tmp_path / "little.json"
+    path.write_text(json.dumps(SWEEP))
+    with pytest.raises(UserError, match="is the sweep itself"):
+        sweeps([str(path)], tmp_path / "runs", wandb=tmp_path / "runs" / ".." / "little.json")
+    assert json.loads(path.read_text()) == SWEEP
 
 
 def test_there_are_the_five_sweeps_of_the_ancestor():

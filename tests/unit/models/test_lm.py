@@ -174,3 +174,37 @@ def test_a_preallocated_state_follows_the_models_type_and_size():
     caches = [leaf for leaf in leaves(model.init_state(2, 7)) if leaf.dtype == torch.float32]
     assert {leaf.shape[:2] for leaf in caches} == {(2, 7)}
     assert any(leaf.dtype == torch.bfloat16 for leaf in leaves(model.init_state(2, 7, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("name", ["transformer", "shared_loop", "recursive_halting"])
+def test_a_spent_state_is_written_in_place_and_changes_nothing(name, tokens):
+    torch.manual_seed(0)
+    model = spec(name, "tiny").build(V).double().eval()
+
+    def fed(**call):
+        """Logits of one token after the other, and whether the caches stayed where they were, and as they were."""
+        state, found, kept, good = model.init_state(B, T), [], [], []
+        for token in tokens.split(1, 1):
+            before = [(leaf, leaf.clone()) for leaf in leaves(state) if leaf.is_floating_point()]
+            out = model(token, state, **call)
+            after = [leaf for leaf in leaves(out.state) if leaf.is_floating_point()]
+            kept += [old.data_ptr() == new.data_ptr() for (old, _), new in zip(before, after, strict=True)]
+            good += [torch.equal(leaf, copy) for leaf, copy in before]
+            state = out.state
+            found.append(out.logits)
+        assert kept
+        return torch.cat(found, 1), any(kept), all(good)
+
+    graded, moved, good = fed(spend_state=True)
+    assert (moved, good) == (False, True)  # gradients may need what was there
+    with torch.no_grad():
+        fresh, moved, good = fed()
+        assert (moved, good) == (False, True)
+        spent, _, good = fed(spend_state=True)
+        assert not good
+        out = model(tokens[:, :3], state := model.init_state(B, T), spend_state=True)
+    assert {leaf.data_ptr() for leaf in leaves(out.state) if leaf.is_floating_point()} == {
+        leaf.data_ptr() for leaf in leaves(state) if leaf.is_floating_point()
+    }
+    torch.testing.assert_close(spent, fresh, rtol=0, atol=0)
+    torch.testing.assert_close(graded, fresh, rtol=0, atol=1e-12)

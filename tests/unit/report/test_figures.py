@@ -38,6 +38,7 @@ def draw(evidence):
         "depth": figures.depth_map(evidence.of("plain"), "parity", "depth"),
         "heads": figures.head_gradients(evidence, look, "heads"),
         "ticks": figures.tick_bars(halting.histogram(runs, "parity"), 4, look["plain"], "ticks", "Executed ticks"),
+        "standings": figures.standings(halting.standings(evidence, "parity"), [row], look, "standings", "All rungs"),
         "exits": figures.exit_curve(row, halting.fixed(runs, "parity"), look["plain"], "exits", "Exits"),
     }
 

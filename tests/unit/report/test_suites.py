@@ -136,6 +136,36 @@ def test_one_seed_shows_the_standard_error_over_its_items(synthetic, tmp_path):
     assert tables.gain(row["gain"]) == "+10.0 ± 1.4"
 
 
+def test_rungs_that_decide_are_held_against_fixed_ticks_at_equal_ticks(synthetic, tmp_path):
+    """Control at 4 ticks 0.7, another rung of fixed ticks at 2 with 0.5, so 0.6 at 3, seed by seed."""
+    rungs = {name: synthetic.Rung() for name in ("plain", "fewer", "other", "act")}
+    folder = synthetic.ladder(tmp_path / "x", rungs, seeds=(0, 1))
+    path = folder / "ladder.json"
+    ladder = read_json(path)
+    factors = {"plain": "control", "fewer": "model.ticks: 4 → 2", "other": "model.kind: a → b", "act": "model.policy"}
+    for name, factor in factors.items():
+        ladder["rungs"][name]["factor"] = factor
+    write_json(path, ladder)
+    for seed in (0, 1):
+        for name, ticks, accuracy in (("plain", 4, 0.7), ("fewer", 2, 0.5), ("other", 3, 0.0), ("act", 3, 0.8)):
+            run = folder / f"{name}-s{seed}"
+            synthetic.halting(run, chooses=name == "act")
+            results = read_json(run / "results_halting.json")
+            for cell in results["cells"]:
+                cell |= {"mean_ticks": ticks, "accuracy": accuracy + (0.1 * seed if name == "act" else 0)}
+            write_json(run / "results_halting.json", results)
+    (row,) = halting.exits(gather(folder))
+    assert row["over_trained"] == {
+        "mean": pytest.approx(0.25), "sd": pytest.approx(0.1 / 2**0.5), "stderr": None
+    }  # fmt: skip
+    html = page.write(folder).read_text()
+    assert 'aria-label="Accuracy over executed ticks, all rungs: parity"' in html
+    assert "+25.0 ± 7.1" in html
+    ladder["rungs"]["fewer"]["factor"] = "model.kind: a → c"  # the control alone: nothing at 3 ticks to hold it against
+    write_json(path, ladder)
+    assert halting.exits(gather(folder))[0]["over_trained"] is None
+
+
 def test_the_histogram_is_a_mean_of_shares_by_regime(halted):
     shares = halting.histogram(gather(halted).of("act"), "parity")
     assert shares["iid"] == pytest.approx({1: 0.5, 2: 0.3, 4: 0.2})

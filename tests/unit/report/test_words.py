@@ -19,6 +19,7 @@ from stepladder.report import words
         (words.quantity(4096, "B"), "4.1 kB"),
         (words.quantity(3e21), "3e+03 E"),
         (words.quantity(12), "12"),
+        (words.quantity(999_600), "1 M"),
         (words.quantity(None), "–"),
         (words.duration(61), "61 s"),
         (words.duration(100), "1.7 min"),
@@ -56,3 +57,9 @@ def test_verdicts_say_what_they_need(word, needs, text):
 def test_the_headline_counts_the_runs_without_a_result(pending, text):
     runs = [{"pending": number < pending} for number in range(4)]
     assert words.headline({"runs": runs, "rungs": {}, "seeds": [0, 1], "control": "plain"}) == text
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    assert words.signed(-0.0004, "accuracy") == "+0.0"
+    assert words.signed(-0.0004, "bits_per_byte") == "+0.000"
+    assert words.signed(-0.0006, "accuracy") == f"{words.MINUS}0.1"

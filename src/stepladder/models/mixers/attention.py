@@ -56,7 +56,7 @@ class Attention(Part):
 
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         q, k, v = self.heads_of(x_BTD, ctx)
-        past, state = extend(state, k, v)
+        past, state = extend(state, k, v, spend=ctx.spend)
         mask = None
         if ctx.packed or past is not None:
             here_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
@@ -85,8 +85,11 @@ class Attention(Part):
         return Cost(params, 2 * params + 4 * context * width, state)
 
 
-def extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | FixedCache]:
-    """Append keys and values. Returns how many entries each row had (None at the start) and the new cache."""
+def extend(state: State, k: Tensor, v: Tensor, *, spend: bool = False) -> tuple[Tensor | None, Cache | FixedCache]:
+    """Append keys and values. Returns how many entries each row had (None at the start) and the new cache.
+
+    spend: a preallocated cache may be written in place, see Context.
+    """
     if state is None:
         return None, Cache(k, v)
     if isinstance(state, Cache):
@@ -98,12 +101,13 @@ def extend(state: State, k: Tensor, v: Tensor) -> tuple[Tensor | None, Cache | F
             f"{int(past.max()) + tokens} tokens exceed the state's capacity of {capacity}; "
             "call init_state with a larger capacity"
         )
-    # Out of place on purpose: the state that was passed in stays good for a second, different continuation.
+    # If not spent, the state that was passed in stays good for a second, different continuation.
+    put = Tensor.scatter_ if spend else Tensor.scatter
     index = (past[:, None] + torch.arange(tokens, device=k.device))[:, :, None, None]
     return past, replace(
         state,
-        k_BSGK=state.k_BSGK.scatter(1, index.expand_as(k), k.to(state.k_BSGK.dtype)),
-        v_BSGK=state.v_BSGK.scatter(1, index.expand_as(v), v.to(state.v_BSGK.dtype)),
+        k_BSGK=put(state.k_BSGK, 1, index.expand_as(k), k.to(state.k_BSGK.dtype)),
+        v_BSGK=put(state.v_BSGK, 1, index.expand_as(v), v.to(state.v_BSGK.dtype)),
         length_B=past + tokens,
     )
 

@@ -37,20 +37,21 @@ class Plan:
     """What is the same at every tick of a call: angles of positions, who sees whom, and where entries go.
 
     cos, sin: (B, T, 1, K/2), or None without rotary positions. mask: (B, 1, T, S), None for a plain causal one.
-    place: (B, T, 1, 1) of new entries in a preallocated cache, else None.
+    place: (B, T, 1, 1) of new entries in a preallocated cache, else None. spend: whether they may go in in place.
     """
 
     cos: Tensor | None
     sin: Tensor | None
     mask: Tensor | None
     place: Tensor | None
+    spend: bool
 
     def of(self, rows_R: Tensor) -> Plan:
         """Those of some rows, for queries and their keys; entries are always made for all rows."""
         cos, sin, mask = (
             each if each is None else each.index_select(0, rows_R) for each in (self.cos, self.sin, self.mask)
         )
-        return Plan(cos, sin, mask, self.place)
+        return replace(self, cos=cos, sin=sin, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,14 @@ class Holding:
         return self.with_new(self.kv_BTGK)
 
     def with_new(self, kv_BTGK: Tensor) -> Shown | FixedShown:
-        """The past and what the call's tokens show. Out of place: a state that was passed in stays good."""
+        """The past and what the call's tokens show. A state that was passed in stays good unless it is spent."""
         if self.past is None:
             return Shown(kv_BTGK)
         if isinstance(self.past, Shown):
             return Shown(torch.cat((self.past.kv_BSGK, kv_BTGK), 1))
         assert self.plan.place is not None
-        before = self.past.kv_BSGK
-        after = before.scatter(1, self.plan.place.expand_as(kv_BTGK), kv_BTGK.to(before.dtype))
+        before, put = self.past.kv_BSGK, Tensor.scatter_ if self.plan.spend else Tensor.scatter
+        after = put(before, 1, self.plan.place.expand_as(kv_BTGK), kv_BTGK.to(before.dtype))
         return replace(self.past, kv_BSGK=after, length_B=self.past.length_B + kv_BTGK.shape[1])
 
 
@@ -113,9 +114,9 @@ class HeldAttention(Attention):
             size += 0 if isinstance(past, FixedShown) else tokens
             mask = visible(before, here_T, ctx.positions_BT, size)
         if self.rope_base is None:
-            return Plan(None, None, mask, place)
+            return Plan(None, None, mask, place, ctx.spend)
         cos, sin = angles(ctx.positions_BT, self.head_width, self.rope_base, like_BTD.dtype)
-        return Plan(cos[:, :, None], sin[:, :, None], mask, place)
+        return Plan(cos[:, :, None], sin[:, :, None], mask, place, ctx.spend)
 
     def forward(self, x_RTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, Holding]:
         plan, rows = state.plan, state.rows_R
