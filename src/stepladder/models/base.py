@@ -133,6 +133,7 @@ class Context:
     key_B: one random key a row; tick: which application of a shared core this is (keys noise, nothing else).
     recompute: whether blocks drop their activations and recompute them in the backward pass.
     edits: interventions by the name of the tap they are for (see ``edited``), or None.
+    images_BT: where an image stands and the token means nothing, or None if there are no images.
     """
 
     tokens_BT: Tensor
@@ -144,6 +145,7 @@ class Context:
     recompute: bool
     sink: Sink
     edits: Mapping[str, Edit] | None = None
+    images_BT: Tensor | None = None
 
     def at_tick(self, tick: int) -> Context:
         """This context as the ``tick``-th application of a shared core sees it."""

@@ -59,6 +59,22 @@ class Experts(nn.Module):
         lse_NK, picked_NJK = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
         return lse_NK, picked_NJK
 
+    def expected(self, h_NMD: Tensor, lse_NMK: Tensor, ids_NJ: Tensor, meant_NM: Tensor) -> Tensor:
+        """Log of the mean, over the meant ones of M tokens, of the probability of J ids: (N, J, K).
+
+        Finite where nothing is meant. Rows of weights, J for each N, are looked up for one expert after the other, and
+        again in the backward pass.
+        """
+        experts = self.each()
+        features_NMF = self.features(h_NMD.to(experts[0].weight_VF.dtype))
+        found = [
+            checkpoint(
+                _mean, features_NMF, lse_NM, ids_NJ, meant_NM, expert, use_reentrant=False, preserve_rng_state=False
+            )
+            for lse_NM, expert in zip(lse_NMK.unbind(-1), experts, strict=True)
+        ]
+        return torch.stack(found, -1)
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -71,6 +87,17 @@ class Expert:
     def hears(self, features_NF: Tensor) -> Tensor:
         """z, (N, F)."""
         return features_NF if self.plan_F is None else torch.tanh(features_NF + self.plan_F)
+
+
+def _mean(features_NMF: Tensor, lse_NM: Tensor, ids_NJ: Tensor, meant_NM: Tensor, expert: Expert) -> Tensor:
+    """See Experts.expected, of one expert."""
+    weight_NJF = _wide(F.embedding(ids_NJ, expert.weight_VF))
+    said_NMJ = _wide(expert.hears(features_NMF)) @ weight_NJF.transpose(1, 2) - lse_NM[..., None]
+    if expert.bias_V is not None:
+        said_NMJ = said_NMJ + _wide(expert.bias_V)[ids_NJ][:, None]
+    count_N1 = meant_NM.sum(1, keepdim=True)
+    other_NM = ~meant_NM & (count_N1 > 0)  # a sum of nothing would have no slope
+    return said_NMJ.masked_fill(other_NM[..., None], -torch.inf).logsumexp(1) - count_N1.clamp(min=1).log()
 
 
 def plain(z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
