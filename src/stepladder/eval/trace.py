@@ -47,7 +47,7 @@ def record(loaded: Loaded, text: str, home: str | Path, *, ticks: int | None = N
         "architecture": loaded.run.model.kind,
         "step": loaded.step,
         "text": text,
-        "tokens": [_label(loaded.tokenizer, token) for token in ids.tolist()],
+        "tokens": [label(loaded.tokenizer, token) for token in ids.tolist()],
         "ticks": ticks,
         "key": key,
     }
@@ -60,7 +60,7 @@ def _plain(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() and value.dtype != torch.float64 else value
 
 
-def _label(tokenizer: Tokenizer, token: int) -> str:
+def label(tokenizer: Tokenizer, token: int) -> str:
     """A token as it can be seen."""
     if token in (PAD, BOS, EOS):
         return {PAD: "⟨pad⟩", BOS: "⟨bos⟩", EOS: "⟨eos⟩"}[token]

@@ -25,7 +25,7 @@ by it: no bias, less cost. There is room for more than that share (see ``room``)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -342,10 +342,16 @@ def information(logs: Sequence[Tensor], gate_NK: Tensor) -> Tensor:
 
 def divergence(logs: Sequence[Tensor]) -> Tensor:
     """Mean over pairs of the Jensen-Shannon divergence, from K tensors log p_k (N, V); 0 for one alone."""
-    pairs = [(i, j) for i in range(len(logs)) for j in range(i)]
     total = torch.zeros_like(logs[0][:, 0])
-    for i, j in pairs:
-        middle = torch.logaddexp(logs[i], logs[j]) - math.log(2)
-        for each in (logs[i], logs[j]):
-            total = total + 0.5 * (each.exp() * (each - middle)).sum(-1)
-    return total / max(1, len(pairs))
+    for each in pairs(logs):
+        total = total + each
+    return total / max(1, len(logs) * (len(logs) - 1) // 2)
+
+
+def pairs(logs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The Jensen-Shannon divergence (N,) of every pair (1, 0), (2, 0), (2, 1), ..."""
+    for i in range(len(logs)):
+        for j in range(i):
+            middle = torch.logaddexp(logs[i], logs[j]) - math.log(2)
+            both = [(each.exp() * (each - middle)).sum(-1) for each in (logs[i], logs[j])]
+            yield (both[0] + both[1]) / 2

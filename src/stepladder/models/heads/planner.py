@@ -32,6 +32,7 @@ from stepladder.models.heads.belief import (
     gate,
     gumbel,
     lookahead,
+    move,
     naive,
     scan,
     segment_sums,
@@ -129,6 +130,7 @@ class PlannerHead(Head):
             ctx.note("belief", heard.belief.now.exp())
             ctx.note("plan", heard.belief.chosen.exp())
             ctx.note("gate", heard.gate_BTK.exp())
+            ctx.note("forecast", move(heard.belief.now, self.chain().moves_KK).exp())
         if not self.filters:
             return logits, nll_BT, None
         with no_autocast(h_BTD.device):
