@@ -198,22 +198,32 @@ def test_a13_slopes_of_the_likelihood_are_those_of_all_distributions(name, monke
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 100])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_written_out_score_is_the_plain_one(bias, rows):
+@pytest.mark.parametrize(("rows", "words"), [(1, 100), (4, 100), (100, 100), (3, 5)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_written_out_score_is_the_plain_one(shared, rows, words, monkeypatch):
+    """Own weights without biases, or shared ones with; a few tokens and words at a time."""
+    monkeypatch.setattr(experts.kernel, "WORDS", words)
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()  # noqa: E731
-    z, weight, words = draw(11, 6), draw(VOCAB, 6), draw(VOCAB) if bias else None
+    h, mine = draw(11, 6), experts.SharedHead(6, 6, VOCAB, 3) if shared else experts.OwnHeads(6, VOCAB, 3)
+    mine = mine.double()
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            parameter.copy_(draw(*parameter.shape))
     picks = torch.randint(VOCAB, (11, 3), generator=g)
     picks[:, 1] = picks[:, 0]  # an id that is asked for twice
-    slopes = torch.randn(11, 4, generator=g, dtype=torch.float64)
+    slopes = torch.randn(11, 4, 3, generator=g, dtype=torch.float64)
     found = []
-    for way in (experts.plain, experts.kernel.score):
-        lse, said = way(z, picks, weight, words, rows)
+    for plain in (True, False):
+        features = mine.features(h)
+        if plain:
+            lse, said = experts.plain(features, picks, mine.each(), rows)
+        else:
+            z, weight, bias = mine.stacked(features)
+            lse, said = experts.kernel.score(z, picks, weight, bias, rows * min(words, VOCAB))
         total = (torch.cat((lse[:, None], said), 1) * slopes).sum()
-        given = [each for each in (z, weight, words) if each is not None]
-        found.append([lse, said, *torch.autograd.grad(total, given)])
-    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+        found.append([lse, said, *torch.autograd.grad(total, [h, *mine.parameters()])])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
 
 
 def test_logits_in_blocks_and_at_some_positions_are_the_whole(monkeypatch):
