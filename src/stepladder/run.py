@@ -343,6 +343,9 @@ def load(run_dir: str | Path, checkpoint: int | str | Path | None = None, device
     if not (home / "tokenizer.json").is_file():
         raise UserError(f"{home} has no tokenizer.json; restore it, or train the run again under another name")
     tokenizer = tokenizer_from_json((home / "tokenizer.json").read_text(encoding="utf-8"))
+    trained = read_json(home / "data.json").get("tokenizer") if (home / "data.json").is_file() else None
+    if trained not in (None, tokenizer.fingerprint):
+        raise UserError(f"{home}/tokenizer.json is not the tokenizer that this run was trained with; restore it")
     adapters = run.start and run.start.adapters
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, then overwritten
         model = run.build(tokenizer.vocab)

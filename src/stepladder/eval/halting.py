@@ -129,7 +129,7 @@ def walk(
 
 def _walk(model: LanguageModel, encoded: Encoded, rows: np.ndarray, budget: int) -> tuple[np.ndarray, ...]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tokens, scored = (torch.from_numpy(part).to(device) for part in _texts(encoded, rows))
+    tokens, scored = (torch.from_numpy(part).to(device) for part in texts(encoded, rows))
     inputs, goals, scored = tokens[:, :-1], tokens[:, 1:][scored[:, 1:]], scored[:, 1:]
 
     def run(ticks: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +152,7 @@ def _walk(model: LanguageModel, encoded: Encoded, rows: np.ndarray, budget: int)
     return tuple(part.cpu().numpy() for part in parts)
 
 
-def _texts(encoded: Encoded, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def texts(encoded: Encoded, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[BOS] question answer [EOS] in rows, padded on the right: ids, and which of them are scored. int64, bool."""
     longest = int(encoded.total[rows].max())
     tokens, scored = np.full((len(rows), longest), PAD, np.int64), np.zeros((len(rows), longest), bool)

@@ -135,6 +135,7 @@ class Context:
     edits: interventions by the name of the tap they are for (see ``edited``), or None.
     spend: whether nobody goes on from the state that was passed in, so that a preallocated cache may be written in
         place. Copying every cache for every token is otherwise a good part of what decoding costs.
+    images_BT: where an image stands and the token means nothing, or None if there are no images.
     """
 
     tokens_BT: Tensor
@@ -147,6 +148,7 @@ class Context:
     sink: Sink
     edits: Mapping[str, Edit] | None = None
     spend: bool = False
+    images_BT: Tensor | None = None
 
     def at_tick(self, tick: int) -> Context:
         """This context as the ``tick``-th application of a shared core sees it."""

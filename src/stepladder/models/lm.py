@@ -110,10 +110,14 @@ class LanguageModel(nn.Module):
             packed = True
         positions_BT, document_B = _positions(tokens_BT, state, documents)
         sink = Sink(trace={} if trace else None, full=trace != "ticks")
+        seen = None if images is None else self._seen(images, tokens_BT)
+        placed_BT = None if seen is None else seen[0]
         spend = spend_state and not torch.is_grad_enabled()
-        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits, spend)
+        ctx = Context(
+            tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits, spend, placed_BT
+        )
 
-        x_BTD = self.embed(ctx, None if images is None else self._seen(images, tokens_BT))
+        x_BTD = self.embed(ctx, seen)
         x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)
         x_BTD, core = self.core(x_BTD, state.core, ctx)
         x_BTD, coda = self.coda(x_BTD, state.coda, ctx)

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from stepladder.core.files import write_atomic, write_json
-from stepladder.report import figures, halting, tables, templates, words
+from stepladder.report import figures, halting, plan_figures, tables, templates, words
 from stepladder.report.evidence import Evidence, gather
 from stepladder.report.verdict import judge
 
@@ -44,6 +44,7 @@ def render(evidence: Evidence, verdict: dict[str, Any]) -> str:
         "quantity": words.quantity, "duration": words.duration, "residual": words.residual,
         "probability": words.probability, "criterion": tables.criterion_value,
         "around": tables.criterion_interval, "gain": tables.gain, "entry": tables.suite_entry,
+        "lost": tables.lost,
     }  # fmt: skip
     rungs = verdict["rungs"]
     compared = [about for about in rungs.values() if about["role"] != "control"]
@@ -66,6 +67,8 @@ def render(evidence: Evidence, verdict: dict[str, Any]) -> str:
         link=_link,
         others=_others,
         folder=evidence.folder.name,
+        plan_losses=list(dict.fromkeys(name for row in verdict["planner"] for name in row["lost"])),
+        plan_panels=plan_figures.panels(evidence),
         declared=evidence.ladder["ladder"],
         **_drawings(evidence, verdict),
     )

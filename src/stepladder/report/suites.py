@@ -13,7 +13,7 @@ import numpy as np
 
 from stepladder.report.evidence import Evidence, RunFiles
 
-_OWN = ("halting",)  # suites with a section of their own
+_OWN = ("halting", "planner")  # suites with a section of their own
 _SPREAD = {"task", "kind", "size", "regime", "depth", "length", "ticks", "source"}
 """Fields of cells that say where a cell stands: what a table by one of them averages over."""
 

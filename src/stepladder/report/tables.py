@@ -125,6 +125,13 @@ def report_markdown(verdict: dict[str, Any]) -> str:
     parts += ["## Success criteria\n", markdown(_CRITERIA_HEADER, _criteria_rows(verdict))]
     if verdict["halting"]["exits"]:
         parts += ["## Halting\n", markdown(_EXIT_HEADER, map(_exit_row, verdict["halting"]["exits"]))]
+    if verdict["planner"]:
+        names = list(dict.fromkeys(name for row in verdict["planner"] for name in row["lost"]))
+        lines = [
+            [*_plan_row(row), *(lost(row["lost"][n]) if n in row["lost"] else "–" for n in names)]
+            for row in verdict["planner"]
+        ]
+        parts += ["## Planner\n", markdown([*_PLAN_HEADER, *(f"{n}, more" for n in names)], lines)]
     for shown in verdict["suites"]:
         header = ["rung", *(f"{shown['by']} {value}" for value in shown["values"])]
         rows = [[rung, *map(suite_entry, entries)] for rung, entries in shown["rungs"].items()]
@@ -238,3 +245,19 @@ def _run_rows(verdict: dict[str, Any]) -> list[list[str]]:
         ]
         for run in verdict["runs"]
     ]
+
+
+def lost(entry: dict[str, float | None]) -> str:
+    """What an ablation costs, with its spread, as text."""
+    spread = entry["sd"] if entry["sd"] is not None else entry["stderr"]
+    text = words.UNKNOWN if entry["mean"] is None else f"{entry['mean']:+.3f}".replace("-", words.MINUS)
+    return text if spread is None else f"{text} ± {spread:.3f}"
+
+
+_PLAN_HEADER = ["rung", "source", "used", "stays", "entropy", "I(plan; chunk)", "I(plan; token)", "divergence", "nats"]
+
+
+def _plan_row(row: dict[str, Any]) -> list[str]:
+    numbers = [row["utilization"], row["persistence"]]
+    nats = [row["entropy"], row["chunk_mi"], row["token_mi"], row["divergence"]["mean"], row["nll"]]
+    return [row["rung"], row["source"], *map(words.percent, numbers), *map(words.number, nats)]

@@ -31,10 +31,13 @@ CAPTIONS = {
     "random": "Share of the heads' weight that lay on random cells at last.",
     "angle": "Angle of each head behind the own cell, in radians: a band is a head, its rows are ticks.",
     "weight": "Weight of each head: a band is a head, its rows are ticks.",
-    "gate": "How far each tick was let through: 1/2 at first, 0 once the machine has halted.",
     "write": "Size of what each tick wrote to a cell, its gate counted.",
     "read": "Size of what the heads read before each tick, and after the last.",
     "tape": "Norm of the whole tape before each tick, and after the last.",
+    "belief": "Belief over plans (rows) after each token.",
+    "plan": "Belief over plans at the start of each token's chunk, before one is sampled.",
+    "forecast": "Belief over plans one chunk after each token's, as the chain alone foresees it.",
+    "gate": "How far each tick was let through: 1/2 at first, 0 once the machine has halted; weights of plans.",
     "distance": "Distance of the control from its halting target, squared, a mean over channels.",
 }
 """What is known of arrays by the last part of their name; of others the page tells the shape."""

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from stepladder.core import stats
-from stepladder.report import halting, suites
+from stepladder.report import halting, planner, suites
 from stepladder.report.comparison import Comparison, compare, margins, measures
 from stepladder.report.criteria import criteria
 from stepladder.report.evidence import Evidence, RunFiles
@@ -90,6 +90,7 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         "perplexity": perplexity_comparable(evidence),
         "timing": asdict(evidence.timing) if evidence.timing else None,
         "halting": {"exits": halting.exits(evidence), "heads": halting.heads(evidence)},
+        "planner": planner.rows(evidence),
         "suites": suites.tables(evidence),
         "provenance": _provenance(evidence),
         "command": evidence.ladder.get("command"),

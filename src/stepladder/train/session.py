@@ -242,7 +242,8 @@ def _open(
     if not known.exists():
         write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
         seen = {"images": images} if (images := stream.images()) else {}
-        write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap(), **seen})
+        fingerprints = {"fingerprint": stream.fingerprint(), "tokenizer": stream.tokenizer.fingerprint}
+        write_json(known, {**fingerprints, "overlap": stream.overlap(), **seen})
     if asked.extended:
         write_json(run_dir / "extension.json", asked.extended)
     progress = Progress(**state["progress"])

@@ -7,11 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binom
 
 from stepladder.core.errors import UserError
-from stepladder.models.base import IGNORE
-from stepladder.models.heads import experts
-from stepladder.models.heads.plan_losses import NAMES, divergence, entropy, information, usage
+from stepladder.models.base import IGNORE, Context, Sink
+from stepladder.models.heads import experts, plan_losses
+from stepladder.models.heads.plan_losses import NAMES, divergence, entropy, information, room, usage
 from stepladder.models.zoo import spec
 
 VOCAB = 13
@@ -197,22 +198,32 @@ def test_a13_slopes_of_the_likelihood_are_those_of_all_distributions(name, monke
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 100])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_written_out_score_is_the_plain_one(bias, rows):
+@pytest.mark.parametrize(("rows", "words"), [(1, 100), (4, 100), (100, 100), (3, 5)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_written_out_score_is_the_plain_one(shared, rows, words, monkeypatch):
+    """Own weights without biases, or shared ones with; a few tokens and words at a time."""
+    monkeypatch.setattr(experts.kernel, "WORDS", words)
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()  # noqa: E731
-    z, weight, words = draw(11, 6), draw(VOCAB, 6), draw(VOCAB) if bias else None
+    h, mine = draw(11, 6), experts.SharedHead(6, 6, VOCAB, 3) if shared else experts.OwnHeads(6, VOCAB, 3)
+    mine = mine.double()
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            parameter.copy_(draw(*parameter.shape))
     picks = torch.randint(VOCAB, (11, 3), generator=g)
     picks[:, 1] = picks[:, 0]  # an id that is asked for twice
-    slopes = torch.randn(11, 4, generator=g, dtype=torch.float64)
+    slopes = torch.randn(11, 4, 3, generator=g, dtype=torch.float64)
     found = []
-    for way in (experts.plain, experts.kernel.score):
-        lse, said = way(z, picks, weight, words, rows)
+    for plain in (True, False):
+        features = mine.features(h)
+        if plain:
+            lse, said = experts.plain(features, picks, mine.each(), rows)
+        else:
+            z, weight, bias = mine.stacked(features)
+            lse, said = experts.kernel.score(z, picks, weight, bias, rows * min(words, VOCAB))
         total = (torch.cat((lse[:, None], said), 1) * slopes).sum()
-        given = [each for each in (z, weight, words) if each is not None]
-        found.append([lse, said, *torch.autograd.grad(total, given)])
-    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+        found.append([lse, said, *torch.autograd.grad(total, [h, *mine.parameters()])])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-11)
 
 
 def test_logits_in_blocks_and_at_some_positions_are_the_whole(monkeypatch):
@@ -300,9 +311,70 @@ def test_a13_terms_are_those_of_the_specification():
             want = 4 * 0.5 * ((b * (b / q).log()).sum() + (q * (q / b).log()).sum())
         torch.testing.assert_close(out.losses["posterior"][row, place], torch.as_tensor(want).double())
         window = set(x[row, max(0, place - 5) : place].tolist()) - {int(x[row, place])}
+        words = range(max(1, place - 3), place + 1) if ends else []
+        q_KV = torch.stack([p_BTKV[row, t - 1] for t in words]).mean(0) if ends else None
+        missed = [-(plan[row, place - 1] @ q_KV[:, x[row, t]]).log() for t in words]
+        want_bag = 4 * torch.stack(missed).mean() if ends else torch.zeros(()).double()
+        torch.testing.assert_close(out.losses["bag_of_words"][row, place], want_bag)
         some = [-(1 - mixed[row, place - 1, u]).log() for u in window]
         want = torch.stack(some).mean() if some else torch.zeros(()).double()
         torch.testing.assert_close(out.losses["repetition"][row, place], want)
+
+
+def test_a13_the_bag_of_words_has_the_first_version_s_chunks():
+    """Moves behind m + 1, 2m + 1, ... tokens: m words each."""
+    model = model_of("apelr_v1", sharp=1.0, bag_of_words=1.0, chunk=4)
+    x, y = batch_of(18)
+    out = model(x, targets=y, trace=True)
+    p_BTKV = torch.stack(model.head.experts.logits(hidden(model, x)), 2).softmax(-1)
+    want = torch.zeros(2, 18).double()
+    for row, end in itertools.product(range(2), range(4, 18, 4)):
+        q_KV = p_BTKV[row, end - 4 : end].mean(0)
+        b = out.trace["plan"][row, end - 1]
+        want[row, end] = -4 * (b @ q_KV[:, x[row, end - 3 : end + 1]]).log().mean()
+    torch.testing.assert_close(out.losses["bag_of_words"], want)
+
+
+def test_places_for_drawn_tokens_are_enough_and_not_all():
+    for tokens, share in itertools.product((1, 7, 64, 1000, 65536), (0.001, 0.125, 0.5, 0.999, 1.0)):
+        assert binom.sf(room(tokens, share), tokens, share) < 1e-9
+    assert room(1024, 0.125) < 200
+    # Where they are not, the last tokens drawn are left out and the others are what they were.
+    x, y = batch_of(40)
+    model = model_of(sharp=1.0, plan_mi=1.0, sampled=0.5)
+    whole = model(x, targets=y).losses["plan_mi"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_losses, "room", lambda tokens, share: 9)
+        some = model(x, targets=y).losses["plan_mi"]
+    kept = (whole != 0).cumsum(1) <= 9
+    torch.testing.assert_close(some, torch.where(kept, whole, 0.0))
+    assert int((some != 0).sum()) == 18 < int((whole != 0).sum())
+
+
+def test_a_position_that_holds_an_image_is_no_evidence():
+    """Belief moves there by the chain alone, whatever id stands at it, and the terms leave it out."""
+    names = ("repetition", "bag_of_words", "posterior")
+    model = model_of(chunk=4, context="none", window=5, **dict.fromkeys(names, 1.0))
+    x, y = batch_of(20)
+    holds = torch.zeros(2, 20, dtype=torch.bool)
+    holds[0, 5:11] = holds[1, 0] = holds[1, 18:] = True
+    h_BTD = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def seen(x):
+        sink = Sink(trace={})
+        place = torch.arange(20).expand(2, -1)
+        ctx = Context(x, place, False, None, torch.zeros(2, dtype=torch.int64), 0, False, sink, None, holds)
+        return model.head(h_BTD, None, ctx, y, None)[1], sink
+
+    (nll, sink), (other, moved) = seen(x), seen(torch.where(holds, (x + 1) % VOCAB, x))
+    torch.testing.assert_close(nll, other, rtol=0, atol=0)
+    for name in names:
+        torch.testing.assert_close(sink.losses[name], moved.losses[name], rtol=0, atol=0)
+    belief, moves = sink.trace["belief"], model.head.chain().moves_KK.exp()
+    torch.testing.assert_close(belief[0, 5:7], belief[0, 4:5].expand(2, -1))
+    torch.testing.assert_close(belief[0, 7], belief[0, 6] @ moves)  # the chain moves behind 4, 8, ... tokens
+    assert not torch.allclose(belief[0, 11], belief[0, 10] @ moves)
+    assert not bool(sink.losses["repetition"][holds].any())
 
 
 def test_a13_the_contrastive_term_tells_chunks_to_come_from_those_that_were():

@@ -49,15 +49,31 @@ class Experts(nn.Module):
 
     def score(self, h_ND: Tensor, ids_NJ: Tensor) -> tuple[Tensor, Tensor]:
         """Normalisers (N, K), the log of the sum of exp logits, and the logits (N, J, K) of some ids."""
-        features_NF, rows = self.features(h_ND), max(1, BLOCK // self.vocab)
+        features_NF = self.features(h_ND)
+        if not torch.compiler.is_compiling():
+            return kernel.score(*_typed(ids_NJ, *self.stacked(features_NF)), BLOCK)
         # A compiler fuses the plain way by itself.
-        way = plain if torch.compiler.is_compiling() else kernel.score
+        return plain(features_NF, ids_NJ, self.each(), max(1, BLOCK // self.vocab))
+
+    def stacked(self, features_NF: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What all experts hear (K, N, F), weights (K, V, F) and biases (K, V); K is 1 where they share them."""
+        raise NotImplementedError
+
+    def expected(self, h_NMD: Tensor, lse_NMK: Tensor, ids_NJ: Tensor, meant_NM: Tensor) -> Tensor:
+        """Log of the mean, over the meant ones of M tokens, of the probability of J ids: (N, J, K).
+
+        Finite where nothing is meant. Rows of weights, J for each N, are looked up for one expert after the other, and
+        again in the backward pass.
+        """
+        experts = self.each()
+        features_NMF = self.features(h_NMD.to(experts[0].weight_VF.dtype))
         found = [
-            way(*_typed(expert.hears(features_NF), ids_NJ, expert.weight_VF, expert.bias_V), rows)
-            for expert in self.each()
+            checkpoint(
+                _mean, features_NMF, lse_NM, ids_NJ, meant_NM, expert, use_reentrant=False, preserve_rng_state=False
+            )
+            for lse_NM, expert in zip(lse_NMK.unbind(-1), experts, strict=True)
         ]
-        lse_NK, picked_NJK = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
-        return lse_NK, picked_NJK
+        return torch.stack(found, -1)
 
 
 @dataclass(frozen=True)
@@ -73,15 +89,30 @@ class Expert:
         return features_NF if self.plan_F is None else torch.tanh(features_NF + self.plan_F)
 
 
-def plain(z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+def _mean(features_NMF: Tensor, lse_NM: Tensor, ids_NJ: Tensor, meant_NM: Tensor, expert: Expert) -> Tensor:
+    """See Experts.expected, of one expert."""
+    weight_NJF = _wide(F.embedding(ids_NJ, expert.weight_VF))
+    said_NMJ = _wide(expert.hears(features_NMF)) @ weight_NJF.transpose(1, 2) - lse_NM[..., None]
+    if expert.bias_V is not None:
+        said_NMJ = said_NMJ + _wide(expert.bias_V)[ids_NJ][:, None]
+    count_N1 = meant_NM.sum(1, keepdim=True)
+    other_NM = ~meant_NM & (count_N1 > 0)  # a sum of nothing would have no slope
+    return said_NMJ.masked_fill(other_NM[..., None], -torch.inf).logsumexp(1) - count_N1.clamp(min=1).log()
+
+
+def plain(features_NF: Tensor, ids_NJ: Tensor, experts: list[Expert], rows: int) -> tuple[Tensor, Tensor]:
     """What kernels.experts.score computes, by autograd: of every block, logits are made again in the backward pass."""
-    parts = zip(z_NF.split(rows), ids_NJ.split(rows), strict=True)
-    # The expert is an argument, not a captured loop variable: recomputation must meet the same weights.
-    found = [
-        checkpoint(_block, z, ids, weight_VF, bias_V, use_reentrant=False, preserve_rng_state=False) for z, ids in parts
-    ]
-    lse_N, picked_NJ = (torch.cat(each) for each in zip(*found, strict=True))
-    return lse_N, picked_NJ
+    found = []
+    for expert in experts:
+        parts = zip(expert.hears(features_NF).split(rows), ids_NJ.split(rows), strict=True)
+        # The expert is an argument, not a captured loop variable: recomputation must meet the same weights.
+        weights = expert.weight_VF, expert.bias_V
+        blocks = [
+            checkpoint(_block, z, ids, *weights, use_reentrant=False, preserve_rng_state=False) for z, ids in parts
+        ]
+        found.append([torch.cat(each) for each in zip(*blocks, strict=True)])
+    lse_NK, picked_NJK = (torch.stack(each, -1) for each in zip(*found, strict=True))
+    return lse_NK, picked_NJK
 
 
 def _block(z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -94,14 +125,14 @@ def _logits(z_NF: Tensor, weight_VF: Tensor, bias_V: Tensor | None) -> Tensor:
 
 
 def _typed(
-    z_NF: Tensor, ids_NJ: Tensor, weight_VF: Tensor, bias_V: Tensor | None
+    ids_NJ: Tensor, z_KNF: Tensor, weight_KVF: Tensor, bias_KV: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In the type in which autocast makes products: a product that is written out must be told."""
-    kind = z_NF.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or z_NF.dtype == torch.float64:
-        return z_NF, ids_NJ, weight_VF, bias_V
+    kind = z_KNF.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or z_KNF.dtype == torch.float64:
+        return z_KNF, ids_NJ, weight_KVF, bias_KV
     to = torch.get_autocast_dtype(kind)
-    return z_NF.to(to), ids_NJ, weight_VF.to(to), None if bias_V is None else bias_V.to(to)
+    return z_KNF.to(to), ids_NJ, weight_KVF.to(to), None if bias_KV is None else bias_KV.to(to)
 
 
 class OwnHeads(Experts):
@@ -114,6 +145,9 @@ class OwnHeads(Experts):
 
     def each(self) -> list[Expert]:
         return [Expert(weight_VD) for weight_VD in self.heads.weight.unflatten(0, (self.plans, self.vocab)).unbind(0)]
+
+    def stacked(self, features_NF: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return features_NF[None], self.heads.weight.unflatten(0, (self.plans, self.vocab)), None
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
         each_KND = self.heads.weight.unflatten(0, (self.plans, self.vocab))[:, ids_N]
@@ -142,6 +176,10 @@ class SharedHead(Experts):
     def each(self) -> list[Expert]:
         parts = (each.unflatten(0, (self.plans, -1)).unbind(0) for each in (self.words, self.plan))
         return [Expert(self.out.weight, words_V, plan_F) for words_V, plan_F in zip(*parts, strict=True)]
+
+    def stacked(self, features_NF: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        words_KV, plan_KF = (each.unflatten(0, (self.plans, -1)) for each in (self.words, self.plan))
+        return torch.tanh(features_NF + plan_KF[:, None]), self.out.weight[None], words_KV
 
     def at(self, h_ND: Tensor, ids_N: Tensor) -> Tensor:
         fused_NKF = torch.tanh(self.features(h_ND)[:, None] + self.plan.unflatten(0, (self.plans, -1)))

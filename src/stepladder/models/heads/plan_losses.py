@@ -15,16 +15,17 @@ plan_mi (MI): - [ H(sum_k g_k p_k) - sum_k g_k H(p_k) ], the information of the 
 plan_js (JS): - mean over pairs i < j of JS(p_i, p_j), maximised; at most ln 2, which experts of disjoint words reach.
 repetition (REPU): mean over the different ids u of the last ``window`` tokens, other than the token that came, of
     -log(1 - p(u)); told at the token that came. The window ends with the token before it.
+bag_of_words (BOW): see heads.bag.
 contrastive (FCL): see heads.foresight.
 
 The terms over the whole vocabulary are made on a share ``sampled`` of the tokens, drawn by the call's key, and divided
-by it: no bias, less cost.
+by it: no bias, less cost. There is room for more than that share (see ``room``), so that shapes follow from the length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +34,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.core.errors import UserError
-from stepladder.models.base import Context, Cost
-from stepladder.models.heads.belief import Belief, segment_sums
+from stepladder.models.base import IGNORE, Context, Cost
+from stepladder.models.heads import bag
+from stepladder.models.heads.belief import Belief, rows, segment_sums
 from stepladder.models.heads.experts import Experts
 from stepladder.models.heads.foresight import Foresight, Remembered
 from stepladder.models.noise import uniform
 
 SITE = -(2**20) - 1
 
-ROWS = 16
-"""Tokens whose K distributions exist at a time in terms over the whole vocabulary."""
+BLOCK = 2**21
+"""At most this many logits of all experts exist at a time in terms over the whole vocabulary: 8 MiB in float32."""
 
 NAMES = (
     "token_entropy",
@@ -52,6 +54,7 @@ NAMES = (
     "plan_mi",
     "plan_js",
     "repetition",
+    "bag_of_words",
     "contrastive",
 )
 
@@ -89,13 +92,17 @@ class Heard:
 
 @dataclass(frozen=True)
 class Carried:
-    """What terms carry, (B, ...): beliefs; the chunk's sums for ``posterior``; ids and log p for ``repetition``."""
+    """What terms carry, (B, ...): beliefs; the chunk's sums for ``posterior``; ids and log p for ``repetition``.
+
+    ids: IGNORE where a token is no word, but an image's slot.
+    """
 
     now_BK: Tensor
     chosen_BK: Tensor
     sums_BK: Tensor | None
     ids_BW: Tensor | None
     said_BW: Tensor | None
+    bag: bag.Remembered | None
     foresight: Remembered | None
 
 
@@ -115,7 +122,7 @@ class PlanLosses(nn.Module):
     ) -> None:
         super().__init__()
         self.prices = {name: price for name, price in prices.items() if price}
-        self.plans, self.chunk, self.first, self.sampled = plans, chunk, first, sampled
+        self.width, self.plans, self.chunk, self.first, self.sampled = width, plans, chunk, first, sampled
         self.window = window if "repetition" in self.prices else 0
         self.marginal = nn.Parameter(torch.zeros(plans)) if "usage" in self.prices else None
         self.posterior = nn.Linear(width, plans) if "posterior" in self.prices else None
@@ -132,7 +139,7 @@ class PlanLosses(nn.Module):
             return ctx.tokens_BT[..., None][..., :0]
         assert state is not None
         assert state.ids_BW is not None
-        return torch.cat((state.ids_BW, ctx.tokens_BT), 1).unfold(1, self.window, 1)[:, 1:]
+        return torch.cat((state.ids_BW, _words(ctx)), 1).clamp(min=0).unfold(1, self.window, 1)[:, 1:]
 
     def forward(
         self, heard: Heard, experts: Experts, state: Carried | None, ctx: Context, scored: bool
@@ -164,20 +171,27 @@ class PlanLosses(nn.Module):
             said_BTW = (heard.gate_BTK[:, :, None] + said_BTWK).logsumexp(-1)
             said_BW = said_BTW[:, -1]
             earlier_BTW = torch.cat((state.said_BW[:, None], said_BTW[:, :-1]), 1)
-            ids = torch.cat((state.ids_BW, ctx.tokens_BT), 1)
-            ids_BW = ids[:, -self.window :]
+            ids = torch.cat((state.ids_BW, _words(ctx)), 1)
+            ids_BW = ids[:, -self.window :].clone()
             add("repetition", lambda: repetition(earlier_BTW, ids.unfold(1, self.window, 1)[:, :-1], ctx))
-        foresight = None
+        words, foresight = None, None
+        earlier_BTK = torch.cat((state.chosen_BK[:, None], chosen[:, :-1]), 1)
+        if state.bag is not None:
+            said = heard.h_BTD, heard.lse_BTK, _words(ctx)
+            bag_BT, words = bag.bag_of_words(
+                experts, *said, earlier_BTK, heard.boundary_BT, state.bag, ctx, scored=scored
+            )
+            if bag_BT is not None:
+                ctx.add_loss("bag_of_words", self.prices["bag_of_words"] * bag_BT)
         if self.foresight is not None:
             assert state.foresight is not None
             position_BT = ctx.positions_BT
-            earlier_BTK = torch.cat((state.chosen_BK[:, None], chosen[:, :-1]), 1)
             order_BT = (position_BT + self.first) // self.chunk - 1
             ends = heard.boundary_BT, self._anew(ctx), order_BT
             miss_BT, foresight = self.foresight(heard.h_BTD, earlier_BTK, *ends, state.foresight, ctx)
             add("contrastive", lambda: miss_BT)
         last_BK = None if sums_BTK is None else sums_BTK[:, -1]
-        return Carried(now[:, -1], chosen[:, -1], last_BK, ids_BW, said_BW, foresight)
+        return Carried(now[:, -1], chosen[:, -1], last_BK, ids_BW, said_BW, words, foresight)
 
     def _anew(self, ctx: Context) -> Tensor:
         """Whether a token is the first of its chunk."""
@@ -214,31 +228,26 @@ class PlanLosses(nn.Module):
 
     def _over_words(self, heard: Heard, experts: Experts, ctx: Context) -> tuple[Tensor, Tensor]:
         """MI and JS (B, T) on the sampled tokens, 0 at the others."""
-        drawn_N = (uniform(ctx, SITE, 1)[..., 0] < self.sampled).flatten()
-        h_ND, gate_NK = heard.h_BTD.flatten(0, 1), heard.gate_BTK.flatten(0, 1)
-        if torch.compiler.is_compiling():  # a graph has static shapes
-            both_N2 = self._blocks(h_ND, gate_NK, experts)
-            both_N2 = torch.where(drawn_N[:, None], both_N2, 0.0)
-        else:
-            index = drawn_N.nonzero()[:, 0]
-            some_N2 = self._blocks(h_ND[index], gate_NK[index], experts) if len(index) else gate_NK.new_zeros(0, 2)
-            both_N2 = some_N2.new_zeros(len(h_ND), 2).index_copy(0, index, some_N2)
-        mi, js = (both_N2 / self.sampled).unflatten(0, ctx.positions_BT.shape).unbind(-1)
-        return mi, js
-
-    def _blocks(self, h_ND: Tensor, gate_NK: Tensor, experts: Experts) -> Tensor:
-        """Blocks of one size, the last one filled up: how many are drawn must not change how a token's sums round."""
-        names, tokens = ("plan_mi" in self.prices, "plan_js" in self.prices), len(h_ND)
-        h_ND, gate_NK = (F.pad(each, (0, 0, 0, -tokens % ROWS)) for each in (h_ND, gate_NK))
-        parts = zip(h_ND.split(ROWS), gate_NK.split(ROWS), strict=True)
+        drawn_BT = uniform(ctx, SITE, 1)[..., 0] < self.sampled
+        batch, tokens = drawn_BT.shape
+        places, count_BT = room(tokens, self.sampled), drawn_BT.cumsum(1)
+        number = torch.arange(1, places + 1, device=count_BT.device).expand(batch, -1)
+        index_BE = torch.searchsorted(count_BT, number.contiguous()).clamp(max=tokens - 1)
+        h_ND, gate_NK = (rows(each, index_BE).flatten(0, 1) for each in (heard.h_BTD, heard.gate_BTK))
+        size = max(1, BLOCK // (experts.plans * experts.vocab))
+        names = "plan_mi" in self.prices, "plan_js" in self.prices
         found = [
-            checkpoint(_words, h, g, experts, *names, use_reentrant=False, preserve_rng_state=False) for h, g in parts
+            checkpoint(_over_words, h, g, experts, *names, use_reentrant=False, preserve_rng_state=False)
+            for h, g in zip(h_ND.split(size), gate_NK.split(size), strict=True)
         ]
-        return torch.cat(found)[:tokens]
+        both_BE2 = torch.cat(found).unflatten(0, (batch, places)) / self.sampled
+        both_BT2 = rows(both_BE2, (count_BT - 1).clamp(0, places - 1))
+        mi, js = torch.where((drawn_BT & (count_BT <= places))[..., None], both_BT2, 0.0).unbind(-1)
+        return mi, js
 
     def init_state(self, like_BK: Tensor) -> Carried | None:
         """At the start of a sequence: zeros, which are never read."""
-        if self.posterior is None and not self.window and self.foresight is None:
+        if not self._remembers:
             return None
         ids = said = None
         if self.window:
@@ -246,16 +255,39 @@ class PlanLosses(nn.Module):
             ids = said.long()
         sums_BK = None if self.posterior is None else like_BK
         foresight = None if self.foresight is None else self.foresight.init_state(like_BK)
-        return Carried(like_BK, like_BK, sums_BK, ids, said, foresight)
+        words = bag.Remembered.start(like_BK, self.chunk, self.width) if "bag_of_words" in self.prices else None
+        return Carried(like_BK, like_BK, sums_BK, ids, said, words, foresight)
 
-    def cost(self, size: int) -> Cost:
-        """FLOPs and state bytes, ``size`` a number; what is sampled is trained only, and left out."""
-        if self.posterior is None and not self.window and self.foresight is None:
-            return Cost()
-        found = Cost(0, 0, 2 * self.plans * size + self.window * (size + 8))
+    @property
+    def _remembers(self) -> bool:
+        """Whether any term needs more than the call's own tokens."""
+        return any(name in self.prices for name in ("posterior", "repetition", "bag_of_words", "contrastive"))
+
+    def cost(self, experts: Experts, size: int) -> Cost:
+        """FLOPs and state bytes, ``size`` a number; what is made of targets and samples is training's alone."""
+        found = Cost()
+        if "plan_mi" in self.prices or "plan_js" in self.prices:
+            found += Cost(lessons=3 * self.sampled * experts.flops)
+        if not self._remembers:
+            return found
+        found += Cost(state_bytes=2 * self.plans * size + self.window * (size + 8))
+        if "bag_of_words" in self.prices:
+            state = self.chunk * ((self.width + self.plans) * size + 8)
+            found += Cost(state_bytes=state, lessons=3 * self.chunk * experts.flops / experts.vocab)
         if self.posterior is not None:
             found = found + Cost(0, 2 * self.posterior.weight.numel(), self.plans * size)
         return found if self.foresight is None else found + self.foresight.cost(size)
+
+
+def room(tokens: int, share: float) -> int:
+    """Places for the drawn ones of a row's tokens; of one row in 10^9 more are drawn, and the last are left out."""
+    mean = share * tokens
+    return min(tokens, math.ceil(mean + 6 * math.sqrt(mean * (1 - share)) + 6))
+
+
+def _words(ctx: Context) -> Tensor:
+    """Ids of the tokens, IGNORE where an image stands."""
+    return ctx.tokens_BT if ctx.images_BT is None else ctx.tokens_BT.masked_fill(ctx.images_BT, IGNORE)
 
 
 def boundary(position_BT: Tensor, chunk: int, first: int) -> Tensor:
@@ -287,13 +319,14 @@ def repetition(said_BTW: Tensor, ids_BTW: Tensor, ctx: Context) -> Tensor:
     lag_W = torch.arange(window, 0, -1, device=ids_BTW.device)
     same_BTWW = ids_BTW[..., :, None] == ids_BTW[..., None, :]
     later_WW = torch.ones(window, window, dtype=torch.bool, device=ids_BTW.device).triu(1)
-    meant = (ctx.positions_BT[..., None] >= lag_W) & (ids_BTW != ctx.tokens_BT[..., None])
+    word_BT1 = _words(ctx)[..., None]
+    meant = (ctx.positions_BT[..., None] >= lag_W) & (ids_BTW != word_BT1) & (ids_BTW >= 0) & (word_BT1 >= 0)
     meant &= ~(same_BTWW & later_WW).any(-1)
     p = said_BTW.masked_fill(~meant, -torch.inf).exp().clamp(max=1 - 1e-6)
     return torch.where(meant, -torch.log1p(-p), 0.0).sum(-1) / meant.sum(-1).clamp(min=1)
 
 
-def _words(h_ND: Tensor, gate_NK: Tensor, experts: Experts, mi: bool, js: bool) -> Tensor:
+def _over_words(h_ND: Tensor, gate_NK: Tensor, experts: Experts, mi: bool, js: bool) -> Tensor:
     """MI and JS of some tokens, (N, 2); 0 for the one that is not asked for."""
     logs = [logits.log_softmax(-1) for logits in experts.logits(h_ND)]
     none_N = torch.zeros_like(gate_NK[:, 0])
@@ -309,10 +342,16 @@ def information(logs: Sequence[Tensor], gate_NK: Tensor) -> Tensor:
 
 def divergence(logs: Sequence[Tensor]) -> Tensor:
     """Mean over pairs of the Jensen-Shannon divergence, from K tensors log p_k (N, V); 0 for one alone."""
-    pairs = [(i, j) for i in range(len(logs)) for j in range(i)]
     total = torch.zeros_like(logs[0][:, 0])
-    for i, j in pairs:
-        middle = torch.logaddexp(logs[i], logs[j]) - math.log(2)
-        for each in (logs[i], logs[j]):
-            total = total + 0.5 * (each.exp() * (each - middle)).sum(-1)
-    return total / max(1, len(pairs))
+    for each in pairs(logs):
+        total = total + each
+    return total / max(1, len(logs) * (len(logs) - 1) // 2)
+
+
+def pairs(logs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The Jensen-Shannon divergence (N,) of every pair (1, 0), (2, 0), (2, 1), ..."""
+    for i in range(len(logs)):
+        for j in range(i):
+            middle = torch.logaddexp(logs[i], logs[j]) - math.log(2)
+            both = [(each.exp() * (each - middle)).sum(-1) for each in (logs[i], logs[j])]
+            yield (both[0] + both[1]) / 2

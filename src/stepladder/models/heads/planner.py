@@ -32,6 +32,7 @@ from stepladder.models.heads.belief import (
     gate,
     gumbel,
     lookahead,
+    move,
     naive,
     scan,
     segment_sums,
@@ -129,6 +130,7 @@ class PlannerHead(Head):
             ctx.note("belief", heard.belief.now.exp())
             ctx.note("plan", heard.belief.chosen.exp())
             ctx.note("gate", heard.gate_BTK.exp())
+            ctx.note("forecast", move(heard.belief.now, self.chain().moves_KK).exp())
         if not self.filters:
             return logits, nll_BT, None
         with no_autocast(h_BTD.device):
@@ -158,7 +160,6 @@ class PlannerHead(Head):
         size = max(1, softmax.CHUNK // (batch * self.plan.plans * self.experts.vocab))
         place_BT = torch.arange(batch * tokens, device=h_BTD.device).view(batch, tokens)
         places = wanted(place_BT, where)
-        asked_BT = torch.isin(place_BT, places)
         before, blocks, found, order = Belief(start.now_BK, start.chosen_BK), [], [], []
         for first in range(0, tokens, size):
             part = slice(first, first + size)
@@ -167,13 +168,14 @@ class PlannerHead(Head):
             said_BTJK = torch.stack([x.gather(2, ids_BTJ[:, part]) for x in each], -1)
             with no_autocast(h_BTD.device):
                 heard = self._filter(h_BTD[:, part], lse_BTK, said_BTJK, told.part(part), first_BK, before)
-                asked = asked_BT[:, part]
-                weights_NK = (heard.gate_BTK - lse_BTK)[asked]
-                found.append(
-                    torch.stack([x[asked] + w[:, None] for x, w in zip(each, weights_NK.unbind(1), strict=True)])
-                )
-                found[-1] = found[-1].logsumexp(0)
-            order.append(place_BT[:, part][asked])
+                weights = (heard.gate_BTK - lse_BTK).unbind(-1)
+                if where is None or isinstance(where, Tensor) or first + size >= tokens:
+                    # Slices where they do: shapes that follow from the length alone.
+                    ends = slice(None), slice(None if where is None else -1, None)
+                    here = where[:, part] if isinstance(where, Tensor) else ends
+                    mixed = [x[here] + w[here][..., None] for x, w in zip(each, weights, strict=True)]
+                    found.append(torch.stack(mixed).logsumexp(0).flatten(0, -2))
+                    order.append(place_BT[:, part][here].flatten())
             blocks.append(heard)
             before, first_BK = heard.belief.last(), heard.said_BTJK[:, -1, 0]
         logits_NV = torch.cat(found)[torch.cat(order).argsort()]
@@ -187,6 +189,8 @@ class PlannerHead(Head):
         evidence_BTK = torch.cat((first_BK[:, None], said_BTJK[:, :-1, 0]), 1)
         if not self.plan.filtering:
             evidence_BTK = torch.zeros_like(evidence_BTK)
+        elif told.silent_BT is not None:
+            evidence_BTK = evidence_BTK.masked_fill(told.silent_BT[..., None], 0.0)
         chain = self.chain()
         if self.plan.control == "filtered":
             run = naive if self.plan.scan == "naive" else scan
@@ -231,7 +235,7 @@ class PlannerHead(Head):
             context_BTK = context_BTK + _wide(self.context.bias)
         if plan.commitment == "hard" and self.filters:
             noise = uniform(ctx, SITE, 2 * plan.plans)
-        return Told(context_BTK, first_BT, boundary_BT, sums_BTK, noise)
+        return Told(context_BTK, first_BT, boundary_BT, sums_BTK, noise, ctx.images_BT)
 
     def _length(self, position_BT: Tensor) -> Tensor:
         """Tokens of the chunk that ends at this position: chunk, but one more in a first chunk without ``first``."""
@@ -271,18 +275,22 @@ class PlannerHead(Head):
         numbers = 2 + self.plan.filtering + (self.plan.context == "mean")
         state = numbers * count * wide + self.plan.filtering * self.width * size
         mine = 0 if self.context is None else 2 * self.context.weight.numel()
-        return Cost(params, self.experts.flops + mine, state) + self.losses.cost(wide)
+        return Cost(params, self.experts.flops + mine, state) + self.losses.cost(self.experts, wide)
 
 
 @dataclass(frozen=True)
 class Told:
-    """What the filter hears beside the tokens, (B, T, ...), see belief.Evidence; sums of the context inside chunks."""
+    """What the filter hears beside the tokens, (B, T, ...), see belief.Evidence; sums of the context inside chunks.
+
+    silent: where no token stands (an image does), so that no expert said anything about it; None if everywhere.
+    """
 
     context_BTK: Tensor
     start_BT: Tensor
     boundary_BT: Tensor
     sums_BTK: Tensor | None
     noise_BTN: Tensor | None
+    silent_BT: Tensor | None
 
     def part(self, where: slice) -> Told:
         """Some tokens of it."""

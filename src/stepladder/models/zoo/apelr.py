@@ -29,6 +29,7 @@ TINY = {
     "boundary_entropy": 0.02,
     "plan_mi": 0.1,
     "repetition": 0.02,
+    "bag_of_words": 0.02,
     "window": 4,
     "contrastive": 0.1,
     "negatives": 3,
@@ -69,6 +70,7 @@ class Planned(AttentionMacro):
     plan_mi: float = Field(0.0, ge=0, description="worth of information of the plan about the next token")
     plan_js: float = Field(0.0, ge=0, description="worth of divergence between experts")
     repetition: float = Field(0.0, ge=0, description="price of probability of what the window holds")
+    bag_of_words: float = Field(0.0, ge=0, description="price of a chunk's words that its first belief does not expect")
     contrastive: float = Field(0.0, ge=0, description="price of plans that do not foresee their document's chunks")
     future: int = Field(2, ge=1, description="contrastive: chunks ahead")
     negatives: int = Field(16, ge=1, description="contrastive: earlier chunks that the one to come is told from")
@@ -143,7 +145,7 @@ class PlannerRequired(Planned):
     - One map of the context (there two of the same vector, added), and no separate scale for it.
     - Documents, not windows: state, belief and chunks begin at a document's first token, and go on from call to call.
     - Terms of the loss are made token by token from the past of the document (heads.plan_losses): nothing is
-      taken over the batch. The term over words of a chunk (BOW) is left out.
+      taken over the batch.
     - Blocks of this house as executor (there a stack of GRUs without residuals), no dropout in front of the experts
       (there it entered the likelihoods that were filtered), no biases of experts.
 
