@@ -122,6 +122,7 @@ class EvalConfig(Config):
     lengths: tuple[Length, ...] = Field(
         (256, 512, 1024, 2048, 4096), min_length=1, description="longctx suite: tokens of an item, answer included"
     )
+    adapt_tokens: int = Field(4096, ge=2, description="adaptation suite: tokens of a document that are read")
     tasks: tuple[str, ...] = Field((), description="tasks that suites of tasks are restricted to; default: all")
     transfer: tuple[AnySource, ...] = Field(
         (), description="transfer suite: sources, as in data.sources, that the run is not trained on"

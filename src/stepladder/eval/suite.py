@@ -314,6 +314,7 @@ def decisive(config: EvalConfig) -> dict[str, Any]:
         "text_tokens": config.text_tokens,
         "ticks": list(config.ticks),
         "lengths": list(config.lengths),
+        "adapt_tokens": config.adapt_tokens,
         "tasks": list(config.tasks),
         "transfer": [source.model_dump(mode="json") for source in config.transfer],
         "shots": list(config.shots),
