@@ -89,11 +89,12 @@ Rows = tuple[list[Tensor], list[Tensor]]
 class Walker(nn.Module):
     """An inner learner. What it learns is taken at ``base``, the memory at the start of a chunk of ``chunk`` tokens.
 
-    horizon: chunks of a document after which gradients stop, 0 = never.
+    horizon: chunks of a document after which gradients stop, 0 = never. first: the weights at a document's start.
     """
 
     chunk: int
     horizon: int
+    first: nn.ParameterList
 
     def learned(self, wide: torch.dtype) -> Memory:
         """The memory at a document's start, shared by all rows: (H, O, I)."""
