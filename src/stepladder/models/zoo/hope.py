@@ -93,7 +93,7 @@ class Attended(Chained, AttentionMacro):
         return self.max_positions if self.positions == "learned" else 0
 
 
-@architecture("hope_attention", tiny=TINY | {"level_chunk": 7, "factor": 2})
+@architecture("hope_attention", tiny=TINY | {"level_chunk": 8, "factor": 2})
 class HopeAttention(Learning, Attended):
     """Blocks of attention and a continuum memory: MLPs that learn at test time, each at its own pace.
 
@@ -120,7 +120,7 @@ class CMSTransformer(Attended):
         return ContinuumMemory(self.width, levels, learn=False)
 
 
-@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 7, "factor": 2, "chunk": 8}, aliases=("hope",))
+@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 8, "factor": 2, "chunk": 16}, aliases=("hope",))
 class HopeSelfmod(Learning):
     """Blocks of self-modifying memories and a continuum memory.
 

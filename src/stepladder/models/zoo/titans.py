@@ -17,7 +17,7 @@ from stepladder.models.recurrences.once import Once
 from stepladder.models.spec import HEADED, Macro, architecture
 from stepladder.models.stack import Stack
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 8}
+TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 16}
 
 
 class Remembering(Macro):
