@@ -104,6 +104,27 @@ class TrainConfig(Config):
 Ticks = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=16, le=1 << 24)]
 Shots = Annotated[int, Field(ge=0, le=64)]
+MemoryPath = Annotated[str, Field(pattern=r"^(all|memory|selfmod|cms(\.\d+)?)$")]
+
+
+class Memorize(Config):
+    """Memorisation at test time: texts are read by the memories that learn, before what is scored (eval.memorize)."""
+
+    steps: int = Field(1, ge=1, description="how many times a text is read")
+    use_correct_answer: bool = Field(False, description="feed right answers too, each after its item was scored")
+    reset: bool = Field(True, description="forget between items; false carries memories on, in the order of the items")
+    paths: tuple[MemoryPath, ...] = Field(
+        ("all",), min_length=1, description="memories that learn: all, memory, selfmod, cms, cms.0 (its fastest level)"
+    )
+    surprise: float | None = Field(None, ge=0, description="least mean loss, nats per token, of a text to be memorised")
+
+    @model_validator(mode="after")
+    def _check(self) -> Memorize:
+        if self.use_correct_answer and self.reset:
+            raise ValueError(
+                "use_correct_answer needs reset=false: an answer is fed after its item was scored, for later ones"
+            )
+        return self
 
 
 class EvalConfig(Config):
@@ -121,6 +142,10 @@ class EvalConfig(Config):
     ticks: tuple[Ticks, ...] = Field((), description="depth suite: tick budgets to evaluate at")
     lengths: tuple[Length, ...] = Field(
         (256, 512, 1024, 2048, 4096), min_length=1, description="longctx suite: tokens of an item, answer included"
+    )
+    adapt_tokens: int = Field(4096, ge=2, description="adaptation suite: tokens of a document that are read")
+    memorize: Memorize | None = Field(
+        None, description="algorithmic, likelihood and longctx: scores after memorising, beside the plain ones; {} = on"
     )
     tasks: tuple[str, ...] = Field((), description="tasks that suites of tasks are restricted to; default: all")
     transfer: tuple[AnySource, ...] = Field(

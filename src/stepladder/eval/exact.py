@@ -30,8 +30,9 @@ from rich.table import Table
 
 from stepladder.core.stats import proportion_stderr, wilson
 from stepladder.data.base import Asked, Examples
-from stepladder.data.tokenizers import BOS, SPECIALS, Tokenizer
-from stepladder.eval.decode import Generation, generate
+from stepladder.data.tokenizers import BOS, EOS, SPECIALS, Tokenizer
+from stepladder.eval.decode import Generation, evaluating, generate
+from stepladder.eval.memorize import Memorizer
 from stepladder.eval.suite import Job, Outcome, suite
 from stepladder.models.lm import LanguageModel
 from stepladder.run import EvalConfig, Run
@@ -234,4 +235,40 @@ def algorithmic(job: Job) -> Outcome:
 
     records = [r for sheet in asked for r in ask(job.model, job.tokenizer, sheet, job.config, advance=advance)]
     items = (item for sheet in asked for item in sheet.items())
-    return Outcome({"cells": cells(records, dict(tasks(job.run)))}, records, items)
+    body: dict[str, Any] = {"cells": cells(records, dict(tasks(job.run)))}
+    if job.config.memorize is not None:
+        memorizer = Memorizer(job.model, job.config.memorize)
+        with evaluating(job.model):
+            again = [r for sheet in asked for r in memorized(job, sheet, memorizer)]
+        body["memorize"] = memorizer.about()
+        for cell, adapted in zip(body["cells"], cells(again, dict(tasks(job.run))), strict=True):
+            cell["adapted"] = {name: adapted[name] for name in ("accuracy", "stderr", "low", "high", "lenient")}
+        told = ("output", "correct", "lenient", "stop")
+        records = [
+            {**plain, "adapted": {name: record[name] for name in told}}
+            for plain, record in zip(records, again, strict=True)
+        ]
+    return Outcome(body, records, items)
+
+
+def memorized(job: Job, sheet: Sheet, memorizer: Memorizer) -> list[dict[str, Any]]:
+    """The records of a sheet, each question asked when it, alone, was memorised.
+
+    Its answer is fed, if at all, after that, and only where the question is not asked once more.
+    """
+    found = []
+    questions, bound = sheet.examples.questions(), bounds(sheet, job.tokenizer)
+    last = {question: place for place, question in enumerate(questions)}
+    memorizer.reset()
+    for place, (question, answer) in enumerate(zip(questions, sheet.examples.answers(), strict=True)):
+        if memorizer.config.reset:
+            memorizer.reset()
+        ids = np.concatenate(([BOS], job.tokenizer.encode(question)))
+        memorizer.read(ids)
+        alone = Sheet(sheet.name, sheet.task, sheet.examples.take(np.array([place])), sheet.index[place : place + 1])
+        config = job.config.model_copy(update={"max_new_tokens": job.config.max_new_tokens or bound[place]})
+        with memorizer.applied():
+            found += ask(job.model, job.tokenizer, alone, config)
+        if memorizer.config.use_correct_answer and last[question] == place:
+            memorizer.read(np.concatenate((ids, job.tokenizer.encode(answer), [EOS])))
+    return found

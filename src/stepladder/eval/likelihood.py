@@ -20,8 +20,9 @@ from rich.table import Table
 
 from stepladder.core.stats import ratio_stderr
 from stepladder.data.stream import Stream, TextBatch
-from stepladder.data.tokenizers import IGNORE
+from stepladder.data.tokenizers import IGNORE, PAD
 from stepladder.eval.decode import evaluating
+from stepladder.eval.memorize import Memorizer
 from stepladder.eval.suite import Job, Outcome, suite
 from stepladder.models.lm import LanguageModel
 from stepladder.run import cache_folder
@@ -106,12 +107,13 @@ def table(results: dict[str, Any]) -> Table:
     """A row a source."""
     shown = Table(title="likelihood of validation text", box=SIMPLE)
     shown.add_column("source")
-    for column in ("bits per byte", "± stderr", "perplexity", "tokens", "bytes"):
+    adapted = any("adapted" in entry for entry in results["likelihood"])
+    names = ("bits per byte", *(("after memorising",) if adapted else ()), "± stderr", "perplexity", "tokens", "bytes")
+    for column in names:
         shown.add_column(column, justify="right")
     for entry in results["likelihood"]:
-        numbers = [
-            "" if entry[name] is None else f"{entry[name]:.4g}" for name in ("bits_per_byte", "stderr", "perplexity")
-        ]
+        told = [entry["bits_per_byte"], *([entry["adapted"]["bits_per_byte"]] if adapted else [])]
+        numbers = ["" if n is None else f"{n:.4g}" for n in (*told, entry["stderr"], entry["perplexity"])]
         shown.add_row(entry["source"], *numbers, f"{entry['tokens']:,}", f"{entry['bytes']:,}")
     return shown
 
@@ -121,26 +123,56 @@ def measure(
     sources: dict[str, Iterator[TextBatch]],
     limit: int,
     advance: Callable[[float], object] = float,
+    memorizer: Memorizer | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, int, str]]]:
-    """Texts of a Stream's ``valid_text``, ``limit`` tokens each at most: summaries, records, and what was asked."""
+    """Texts of a Stream's ``valid_text``, ``limit`` tokens each at most: summaries, records, and what was asked.
+
+    With a memorizer every window is scored a second time, behind what was memorised of the window before it (or, where
+    it does not reset, of all before it in its source): ``adapted`` of a summary, ``adapted_nll`` of a record.
+    """
     records: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     items: list[tuple[str, int, str]] = []
     for source, batches in sources.items():
         first = len(records)
+        if memorizer is not None:
+            memorizer.reset()
         for batch in _within(batches, limit):
-            records += score(model, source, batch)
+            scored = score(model, source, batch)
+            records += scored if memorizer is None else _adapted(model, source, batch, scored, memorizer)
             items += [
                 (source, int(i), hashlib.sha256(text.tobytes() + row.tobytes()).hexdigest())
                 for i, text, row in zip(batch.index, batch.tokens, batch.targets, strict=True)
             ]
         found.append(summary(source, records[first:]))
+        if memorizer is not None:
+            adapted = [{**record, "nll": record["adapted_nll"]} for record in records[first:]]
+            found[-1]["adapted"] = summary(source, adapted)
         advance(1 / len(sources))
     return found, records, items
+
+
+def _adapted(
+    model: LanguageModel, source: str, batch: TextBatch, scored: list[dict[str, Any]], memorizer: Memorizer
+) -> list[dict[str, Any]]:
+    """Records with ``adapted_nll``: each window is scored first and memorised then."""
+    found = []
+    for row, record in enumerate(scored):
+        parts = (batch.tokens, batch.targets, batch.documents, batch.bytes, batch.index)
+        with memorizer.applied():
+            (again,) = score(model, source, TextBatch(*(part[row : row + 1] for part in parts)))
+        found.append({**record, "adapted_nll": again["nll"]})
+        if memorizer.config.reset:
+            memorizer.reset()
+        memorizer.read(batch.tokens[row][batch.tokens[row] != PAD])
+    return found
 
 
 @suite("likelihood", needs="text", show=table, quick=brief)
 def likelihood(job: Job) -> Outcome:
     """Perplexity and bits per byte of every text source's validation split."""
-    found, records, items = measure(job.model, _batches(job), job.config.text_tokens, job.advance)
-    return Outcome({"likelihood": found}, records, items)
+    memorizer = None if job.config.memorize is None else Memorizer(job.model, job.config.memorize)
+    with evaluating(job.model):
+        found, records, items = measure(job.model, _batches(job), job.config.text_tokens, job.advance, memorizer)
+    about = {} if memorizer is None else {"memorize": memorizer.about()}
+    return Outcome({"likelihood": found, **about}, records, items)

@@ -13,6 +13,9 @@ Greedy decoding writes an answer exactly when the answer is its choice at every 
 and one short one for each choice tell all. ``output`` in the records is what greedy decoding writes, up to its first
 mistake.
 
+With ``eval.memorize`` every item is asked twice more behind what was memorised of its text without the question:
+``adapted``, the whole prompt; and ``recall``, the question alone, which nothing but a memory can answer.
+
 A length is ``trained`` if it fits into a row of the run's training data. A cell that cannot be asked has no figures and
 says why in ``status``: "beyond the model" (more tokens than its learned positions, or refused by it), or "too short"
 (no room for text around the needle).
@@ -23,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +46,7 @@ from stepladder.data.tokenizers import EOS, Tokenizer
 from stepladder.eval.decode import Sampling, choose, evaluating
 from stepladder.eval.exact import written
 from stepladder.eval.haystack import CHOICES, KINDS, Documents, Item, flaw, items, spellable
+from stepladder.eval.memorize import Memorizer
 from stepladder.eval.suite import Job, Outcome, suite
 from stepladder.models.lm import LanguageModel
 from stepladder.run import cache_folder
@@ -150,7 +155,24 @@ def _batches(asked: Sequence[Item], length: int, most: int) -> Iterator[list[Ite
         yield from (same[i : i + rows] for i in range(0, len(same), rows))
 
 
-def _ask(job: Job, asked: Sequence[Item], length: int) -> list[dict[str, Any]] | str:
+def memorized(job: Job, memorizer: Memorizer, item: Item, feed: bool) -> dict[str, Any]:
+    """What the record of an item gains by memorising. feed: whether its answer is memorised too, when all is scored."""
+    question = job.tokenizer.encode(item.question).astype(np.int64)
+    alone = replace(item, prompt=np.concatenate((item.prompt[:1], question)))
+    if memorizer.config.reset:
+        memorizer.reset()
+    memorizer.read(item.prompt[: -len(question)])
+    found: dict[str, Any] = {}
+    with memorizer.applied():
+        for name, each in (("adapted", item), ("recall", alone)):
+            (record,) = answer(job.model, [each], job.tokenizer, job.config.seed)
+            found |= {f"{name}_correct": record["correct"], f"{name}_choice": record["choice"]}
+    if feed:
+        memorizer.read(np.concatenate((question, item.options[0], [EOS])))
+    return found
+
+
+def _ask(job: Job, asked: Sequence[Item], length: int, memorizer: Memorizer | None) -> list[dict[str, Any]] | str:
     """The records of items of one length, in their order; or what the model said when it refused the length."""
     limit = reach(job.model)
     if limit is not None and length - 1 > limit:  # the end of sequence is never fed
@@ -164,6 +186,12 @@ def _ask(job: Job, asked: Sequence[Item], length: int) -> list[dict[str, Any]] |
                 raise  # it was trained at this length
             return str(error)
         records |= {(record["index"], record["depth"]): record for record in found}
+    if memorizer is not None:
+        last = {item.choices[0]: place for place, item in enumerate(asked)}  # depths of an item share its answer
+        with evaluating(job.model):
+            for place, item in enumerate(asked):
+                feed = memorizer.config.use_correct_answer and last[item.choices[0]] == place
+                records[item.index, item.depth] |= memorized(job, memorizer, item, feed)
     return [records[item.index, item.depth] for item in asked]
 
 
@@ -182,6 +210,12 @@ def _cell(about: dict[str, Any], group: Sequence[dict[str, Any]]) -> dict[str, A
         "prefix": sum(record["prefix"] for record in group) / n,
         "choice": sum(record["choice"] for record in group) / n,
         "choice_chance": 1 / CHOICES,
+        **{
+            f"{name}_{figure}": sum(record[f"{name}_{field}"] for record in group) / n
+            for name in ("adapted", "recall")
+            for figure, field in (("accuracy", "correct"), ("choice", "choice"))
+            if f"{name}_{field}" in group[0]
+        },
     }
 
 
@@ -195,7 +229,8 @@ def table(results: dict[str, Any]) -> Table:
     """Accuracy in per cent: a row for every kind and length, a column for every depth."""
     shown = Table(title="longctx: needle found, %, by depth", box=SIMPLE, caption=results.get("note"))
     shown.add_column("kind")
-    for column in ("length", *(f"{depth:g}" for depth in DEPTHS), "area", "choice"):
+    more = ("adapted", "recall") if "memorize" in results and results["memorize"]["applied"] else ()
+    for column in ("length", *(f"{depth:g}" for depth in DEPTHS), "area", "choice", *more):
         shown.add_column(column, justify="right")
     shown.add_column("")
     curves = itertools.groupby(results["cells"], key=lambda cell: (cell["kind"], cell["length"]))
@@ -203,10 +238,12 @@ def table(results: dict[str, Any]) -> Table:
         row = list(curve)
         remark = "" if about["trained"] else "untrained"
         if about["status"] != "complete":
-            numbers, remark = [""] * (len(row) + 2), about["status"]
+            numbers, remark = [""] * (len(row) + 2 + len(more)), about["status"]
         else:
             choice = sum(cell["choice"] for cell in row) / len(row)
-            numbers = [f"{100 * part:.0f}" for part in (*(cell["accuracy"] for cell in row), about["area"], choice)]
+            means = [sum(cell[f"{name}_accuracy"] for cell in row) / len(row) for name in more]
+            parts = (*(cell["accuracy"] for cell in row), about["area"], choice, *means)
+            numbers = [f"{100 * part:.0f}" for part in parts]
         shown.add_row(kind, str(length), *numbers, remark)
     return shown
 
@@ -218,6 +255,7 @@ def longctx(job: Job) -> Outcome:
     if isinstance(texts, str):
         return Outcome({"message": texts})
     lengths = sorted(set(job.config.lengths))
+    memorizer = None if job.config.memorize is None else Memorizer(job.model, job.config.memorize)
     cells: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
@@ -225,7 +263,7 @@ def longctx(job: Job) -> Outcome:
     for kind, length in itertools.product(KINDS, lengths):
         drawn = _draw(texts, job, kind, length)
         asked += [_question(item) for item in drawn or ()]
-        found = "no room for a haystack" if drawn is None else _ask(job, drawn, length)
+        found = "no room for a haystack" if drawn is None else _ask(job, drawn, length, memorizer)
         status = "complete" if isinstance(found, list) else "too short" if drawn is None else "beyond the model"
         about = {"kind": kind, "length": length, "trained": length <= job.run.data.sequence, "status": status}
         if isinstance(found, list):
@@ -240,6 +278,8 @@ def longctx(job: Job) -> Outcome:
         job.advance(length / sum(lengths) / len(KINDS))
     body: dict[str, Any] = {"cells": cells, "curves": curves, "by": "length"}
     body["haystack"] = {"documents": texts.count, "tokens": texts.tokens}
+    if memorizer is not None:
+        body["memorize"] = memorizer.about()
     if texts.tokens < lengths[-1]:
         body["note"] = f"the validation text has {texts.tokens} tokens: longer haystacks repeat it"
     return Outcome(body, records, asked)

@@ -299,6 +299,7 @@ def _run(entry: Suite, job: Job, meta: dict[str, Any], out: Path) -> dict[str, A
         "meta": {**meta, "items_digest": digest.hexdigest()},
         "status": outcome.status,
         "records": len(outcome.records),
+        **({"memorize": {"applied": False}} if job.config.memorize else {}),  # unless the suite says that it did
         **outcome.body,
     }
     write_json(path, results)
@@ -314,6 +315,8 @@ def decisive(config: EvalConfig) -> dict[str, Any]:
         "text_tokens": config.text_tokens,
         "ticks": list(config.ticks),
         "lengths": list(config.lengths),
+        "adapt_tokens": config.adapt_tokens,
+        "memorize": config.memorize and config.memorize.model_dump(mode="json"),
         "tasks": list(config.tasks),
         "transfer": [source.model_dump(mode="json") for source in config.transfer],
         "shots": list(config.shots),

@@ -19,6 +19,9 @@ ARCHITECTURES: Registry[type[Spec]] = Registry("architecture")
 
 SHAPES = {  # name: width, depth, heads. Where the name is a number of parameters, the solver meets it by ``hidden``.
     "nano": (512, 6, 8),
+    "pilot": (512, 12, 8),
+    "mid": (1024, 24, 16),
+    "target": (1536, 32, 24),
     "50M": (512, 8, 8),
     "125M": (768, 12, 12),
     "300M": (1024, 20, 16),
@@ -27,6 +30,11 @@ SHAPES = {  # name: width, depth, heads. Where the name is a number of parameter
     "1B": (2048, 18, 16),
     "1B-16k": (2048, 18, 16),
 }
+
+HEADED: dict[str, dict[str, Any]] = {
+    size: {"width": width, "depth": depth, "heads": heads} for size, (width, depth, heads) in SHAPES.items()
+}
+"""The fields of these sizes, for architectures whose mixer has heads."""
 
 
 class Spec(Kinded):
@@ -108,9 +116,9 @@ class AttentionMacro(Macro):
     rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     max_positions: int = Field(1024, ge=1, description="longest document with learned positions")
 
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        size: {"width": width, "depth": depth, "heads": heads} for size, (width, depth, heads) in SHAPES.items()
-    } | {"1B-16k": {"width": 2048, "depth": 18, "heads": 16, "kv_heads": 4, "max_positions": 16384}}
+    sizes: ClassVar[dict[str, dict[str, Any]]] = HEADED | {
+        "1B-16k": {"width": 2048, "depth": 18, "heads": 16, "kv_heads": 4, "max_positions": 16384}
+    }
 
     def attention_block(self, effective_depth: int) -> list[Residual]:
         """One block of attention and SwiGLU."""

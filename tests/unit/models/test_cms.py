@@ -80,18 +80,21 @@ def test_it_is_its_definition(rule):
 
 
 def test_levels_change_at_their_periods_only_and_the_trace_shows_it():
-    part, state, before = build(), None, torch.zeros(LEVELS, dtype=torch.float64)
-    x = torch.randn(1, 17, WIDTH, dtype=torch.float64)
-    changed: list[list[int]] = [[] for _ in range(LEVELS)]
+    """A token's trace is of the weights it met: they change behind a period's last token, in one call as in many."""
+    part, state, seen = build(), None, []
+    x, places = torch.randn(1, 17, WIDTH, dtype=torch.float64), torch.arange(17)[None]
     for t in range(17):
-        ctx = context(torch.tensor([[t]]))
+        ctx = context(places[:, t : t + 1])
         _, state = part(x[:, t : t + 1], state, ctx)
-        moved = ctx.sink.trace["cms0.moved"][0]
-        for level in (moved != before).nonzero()[:, 0].tolist():
-            changed[level].append(t)
-        before = moved
+        seen.append(ctx.sink.trace["cms0.moved"])
+    moved = torch.cat(seen, 1)[0]
+    changed = [((moved[1:] != moved[:-1])[:, level].nonzero()[:, 0]).tolist() for level in range(LEVELS)]
     assert changed == [[1, 3, 5, 7, 9, 11, 13, 15], [3, 7, 11, 15], [7, 15]]
     assert changed == reference(part, x[0], "sgd")[1]
+    for state in (None, part.init_state(1, 17, x.device, x.dtype, None)):
+        ctx = context(places)
+        part(x, state, ctx)
+        torch.testing.assert_close(ctx.sink.trace["cms0.moved"][0], moved)
 
 
 def test_rows_are_the_gradient_through_the_whole_chain():

@@ -101,7 +101,7 @@ def test_a_matrix_without_momentum_and_forgetting_is_the_delta_rule():
     want, state = delta_rule(q, k, v, beta, 0 * beta, places == 0, start)
     for scan in ("chunked", "naive"):
         memory.scan = scan
-        got, after = memory.run(tokens, None, ctx)
+        got, after = memory.run(tokens, None, ctx, "norm")
         torch.testing.assert_close(got.transpose(1, 2), want)
         torch.testing.assert_close(after.now[0], state)
 
@@ -116,7 +116,7 @@ def test_with_larger_chunks_gradients_are_those_at_the_chunks_start():
     first = tuple(w.detach()[None].requires_grad_() for w in memory.first)
     loss = (0.5 * tokens.rate * (recall(first, tokens.k) - tokens.v).square().sum(-1)).sum()
     want = [w - g for w, g in zip(first, torch.autograd.grad(loss, first), strict=True)]
-    torch.testing.assert_close(list(memory.run(tokens, None, ctx)[1].now), want)
+    torch.testing.assert_close(list(memory.run(tokens, None, ctx, "norm")[1].now), want)
 
 
 @pytest.mark.parametrize("scan", ["chunked", "naive"])

@@ -67,6 +67,12 @@ class Levels(Walker):
         self.first = nn.ParameterList(torch.randn(1, o, i) * scale / math.sqrt(i) for o, i, scale in shapes)
         self.rate_log = nn.Parameter(torch.full((levels,), math.log(rate)))
 
+    def look(self, weights: Weights) -> Tensor:
+        """How far every level is from its start: (L,) or (B, L)."""
+        pairs = zip(weights, self.first, strict=True)
+        squares = [(now - first).square().sum((-3, -2, -1)) for now, first in pairs]
+        return torch.stack(torch.broadcast_tensors(*squares), dim=-1).unflatten(-1, (-1, 2)).sum(-1).sqrt()
+
     def learned(self, wide: torch.dtype) -> Memory:
         first = tuple(weight.to(wide) for weight in self.first)
         return Memory(first, first, tuple(map(torch.zeros_like, first)) if self.rule == "momentum" else ())
@@ -161,11 +167,7 @@ class ContinuumMemory(Part):
             real = torch.ones_like(begins[:, 0])
             tokens = Tokens(x, key, target, rate, torch.zeros_like(rate), None, real)
             given = None if state is None else state.memory
-            (y,), memory = self.levels.walk(Known(tokens), given, ctx, wide)
-        if ctx.tracing:
-            pairs = zip(memory.base, self.levels.first, strict=True)
-            moved = [(now - first.to(wide)).square().flatten(1).sum(1) for now, first in pairs]
-            ctx.note(f"cms{self.site}.moved", torch.stack(moved, dim=1).unflatten(1, (-1, 2)).sum(2).sqrt())
+            (y,), memory = self.levels.walk(Known(tokens), given, ctx, wide, f"cms{self.site}.moved")
         return y[:, 0].to(x_BTD.dtype), Carried(x[:, :, -1:], memory)
 
     def init_state(

@@ -147,10 +147,3 @@ def blocks(x: Tensor, axis: int, back: int, size: int) -> Tensor:
 def unblocked(y: Tensor, count: int) -> Tensor:
     """(B x blocks, H, size, F) back to (B, H, T, F)."""
     return y.unflatten(0, (-1, -(-count // y.shape[2]))).transpose(1, 2).flatten(2, 3)[:, :, :count]
-
-
-def wanted(some_N: Tensor) -> Tensor:
-    """The places where something is wanted. Neither a GPU nor a compiler is asked for them: there it is everywhere."""
-    if some_N.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.arange(len(some_N), device=some_N.device)
-    return some_N.nonzero()[:, 0]

@@ -35,6 +35,22 @@ def decay(logarithm: Tensor, kept: Tensor) -> Tensor:
     return logarithm.masked_fill(~kept, -torch.inf).exp()
 
 
+def convolved(u_BTU: Tensor, past_BLU: Tensor, weight_LU: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    """silu of a causal depthwise convolution, as a sum of shifted products; and the last L inputs, to carry on.
+
+    weight: L + 1 taps, the token's own first. past_BLU: the inputs before the call. Documents hear nothing of others.
+    """
+    tokens, lags = u_BTU.shape[1], past_BLU.shape[1]
+    full = torch.cat((past_BLU.to(u_BTU.dtype), u_BTU), dim=1)
+    y_BTU = u_BTU * weight_LU[0]
+    for lag in range(1, lags + 1):
+        shifted = full[:, lags - lag : lags - lag + tokens]
+        if ctx.packed:  # else positions are 0..T-1 and what precedes them is zeros
+            shifted = shifted.masked_fill((ctx.positions_BT < lag)[..., None], 0.0)
+        y_BTU = y_BTU + shifted * weight_LU[lag]
+    return F.silu(y_BTU), full[:, tokens:]
+
+
 class ShortConvolution(nn.Module):
     """silu of a causal depthwise convolution over ``taps`` tokens of the same document; 1 sees the token alone."""
 
@@ -44,16 +60,8 @@ class ShortConvolution(nn.Module):
 
     def forward(self, u_BTU: Tensor, past_BLU: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
         """The result, and the last inputs to carry on (B, taps - 1, U); ``past`` None = start of a sequence."""
-        tokens, lags = u_BTU.shape[1], len(self.weight) - 1
         past_BLU = self.start(len(u_BTU), u_BTU.device, u_BTU.dtype) if past_BLU is None else past_BLU
-        full = torch.cat((past_BLU.to(u_BTU.dtype), u_BTU), dim=1)
-        y_BTU = u_BTU * self.weight[0]
-        for lag in range(1, lags + 1):
-            shifted = full[:, lags - lag : lags - lag + tokens]
-            if ctx.packed:  # else positions are 0..T-1 and what precedes them is zeros
-                shifted = shifted.masked_fill((ctx.positions_BT < lag)[..., None], 0.0)
-            y_BTU = y_BTU + shifted * self.weight[lag]
-        return F.silu(y_BTU), full[:, tokens:]
+        return convolved(u_BTU, past_BLU, self.weight, ctx)
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Nothing seen yet."""

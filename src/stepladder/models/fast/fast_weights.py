@@ -111,10 +111,10 @@ def errors(weights: Weights, k_BHNK: Tensor, v_BHNK: Tensor, bound: float) -> tu
     return heard, deltas
 
 
-def decays(tokens: Tokens, document_BN: Tensor | None, last: int) -> Decays:
+def decays(tokens: Tokens, document_BN: Tensor | None, last: int, carried: bool = False) -> Decays:
     """The decays within a window of tokens, begun afresh at every document, for its ``last`` tokens as readers.
 
-    document_BN None: all tokens that count are of one document.
+    document_BN None: all tokens that count are of one document. carried: whether an S comes into the window.
     """
 
     def since_start(x_BHN: Tensor) -> Tensor:
@@ -136,9 +136,11 @@ def decays(tokens: Tokens, document_BN: Tensor | None, last: int) -> Decays:
         return Decays(keep_BHN[..., some].exp(), None, alpha * rate, None, None)
     glide_BHN = since_start(tokens.glide)
     eta = decay(glide_BHN[..., :, None] - glide_BHN[..., None, :], pairs)
+    a, p, s = keep_BHN[..., some].exp(), (alpha @ eta) * rate, eta[..., -1, :] * tokens.rate
+    if not carried:
+        return Decays(a, None, p, s, None)
     since = glide_BHN.exp()
-    b = (alpha @ since[..., None])[..., 0]
-    return Decays(keep_BHN[..., some].exp(), b, (alpha @ eta) * rate, eta[..., -1, :] * tokens.rate, since[..., -1])
+    return Decays(a, (alpha @ since[..., None])[..., 0], p, s, since[..., -1])
 
 
 def read(memory: Memory, q_BHNK: Tensor, heard: Sequence[Tensor], deltas: Sequence[Tensor], within: Decays) -> Tensor:
@@ -147,7 +149,7 @@ def read(memory: Memory, q_BHNK: Tensor, heard: Sequence[Tensor], deltas: Sequen
     for layer, weight in enumerate(memory.now):
         x = F.silu(x) if layer else x
         y = within.a[..., None] * apply(weight, x) - ((x @ heard[layer].mT) * within.p) @ deltas[layer]
-        if memory.momentum and within.b is not None:
+        if within.b is not None:
             y = y + within.b[..., None] * apply(memory.momentum[layer], x)
         x = y
     return x if len(memory.now) == 1 else q_BHNK + x
@@ -159,9 +161,9 @@ def write(memory: Memory, heard: Sequence[Tensor], deltas: Sequence[Tensor], wit
     a, p = within.a[..., -1, None, None], within.p[..., -1, :, None]
     for layer, weight in enumerate(memory.now):
         new = a * weight - (p * deltas[layer]).mT @ heard[layer]
-        if within.b is not None and within.s is not None and within.e is not None:
+        if within.s is not None:
             new_s = -(within.s[..., None] * deltas[layer]).mT @ heard[layer]
-            if memory.momentum:
+            if within.b is not None and within.e is not None:
                 new = new + within.b[..., -1, None, None] * memory.momentum[layer]
                 new_s = new_s + within.e[..., None, None] * memory.momentum[layer]
             momentum.append(new_s)

@@ -7,6 +7,7 @@ Suffixes: B batch, T tokens, H heads, K head width, W tokens of a window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepladder.models.base import Context
-from stepladder.models.fast.chunks import Gather, Layout, Pick, Slice, wanted
+from stepladder.models.fast.chunks import Gather, Layout, Pick, Slice
 from stepladder.models.fast.fast_weights import Memory, Tokens, Weights
 from stepladder.models.layers import no_autocast
 
@@ -46,6 +47,27 @@ class Known:
         return self.tokens.map(pick, real_BW), ()
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A source, and of every token what ``look`` sees in the weights in force: F numbers, found last, (B, 1, T, F)."""
+
+    source: Source
+    look: Callable[[Weights], Tensor]
+
+    def fresh(self, first: Weights, at: Layout) -> tuple[Tokens, Found]:
+        tokens, more = self.source.fresh(first, at)
+        return tokens, (*more, self._seen(first, tokens))
+
+    def window(self, memory: Memory, pick: Pick, real_BW: Tensor, number: int) -> tuple[Tokens, Found]:
+        tokens, more = self.source.window(memory, pick, real_BW, number)
+        return tokens, (*more, self._seen(memory.base, tokens))
+
+    def _seen(self, weights: Weights, tokens: Tokens) -> Tensor:
+        seen = self.look(weights)
+        batch, _, count, _ = tokens.q.shape
+        return seen.reshape(-1, 1, 1, seen.shape[-1]).expand(batch, 1, count, -1)
+
+
 def _joined(found: list[Found]) -> Found:
     return tuple(torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
 
@@ -67,11 +89,12 @@ Rows = tuple[list[Tensor], list[Tensor]]
 class Walker(nn.Module):
     """An inner learner. What it learns is taken at ``base``, the memory at the start of a chunk of ``chunk`` tokens.
 
-    horizon: chunks of a document after which gradients stop, 0 = never.
+    horizon: chunks of a document after which gradients stop, 0 = never. first: the weights at a document's start.
     """
 
     chunk: int
     horizon: int
+    first: nn.ParameterList
 
     def learned(self, wide: torch.dtype) -> Memory:
         """The memory at a document's start, shared by all rows: (H, O, I)."""
@@ -111,11 +134,27 @@ class Walker(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         return self.learned(wide).map(lambda w: torch.zeros(batch, *w.shape, device=device, dtype=wide))
 
-    def walk(self, source: Source, memory: Memory | None, ctx: Context, wide: torch.dtype) -> tuple[Found, Memory]:
-        """What is found for all tokens, y (B, H, T, K) and what ``source`` adds; and the memory after them."""
+    def look(self, weights: Weights) -> Tensor:
+        """What a trace shows of weights (H, O, I) or (B, H, O, I): the norm of every head's, (H,) or (B, H)."""
+        return torch.stack([weight.square().sum((-2, -1)) for weight in weights]).sum(0).sqrt()
+
+    def walk(
+        self, source: Source, memory: Memory | None, ctx: Context, wide: torch.dtype, name: str
+    ) -> tuple[Found, Memory]:
+        """What is found for all tokens, y (B, H, T, K) and what ``source`` adds; and the memory after them.
+
+        name: that of the trace (B, T, ...) of what the memory looked like where a token's chunk began.
+        """
+        if ctx.tracing:
+            source = Watched(source, self.look)
         if memory is None and not ctx.packed:
-            return self._one_document(source, ctx, wide)
-        return self._documents(source, memory, ctx, wide)
+            found, memory = self._one_document(source, ctx, wide)
+        else:
+            found, memory = self._documents(source, memory, ctx, wide)
+        if ctx.tracing:
+            ctx.note(name, found[-1][:, 0])
+            found = found[:-1]
+        return found, memory
 
     def _one_document(self, source: Source, ctx: Context, wide: torch.dtype) -> tuple[Found, Memory]:
         """Every row is one document from its first token on: chunk after chunk."""
@@ -164,7 +203,7 @@ class Walker(nn.Module):
             some_B, opening_B, done_B = at.event(number)
             after = memory
             # A chunk that begins in this call may end in it if the call is long enough, and where a document begins.
-            if at.size == self.chunk and len(wanted(opening_B)):
+            if at.size == self.chunk:
                 after = choose(opening_B, written(*at.until(at.when_BE[:, number], opening_B)), memory)
             memory = choose(some_B, self.commit(after, done_B), memory)
         open_B, index_BW, real_BW = at.ending()

@@ -44,6 +44,8 @@ class Carried:
 class MemoryAsContext(Part):
     """o as above. ``memory`` holds the network, its maps and gates, and how it is computed."""
 
+    site: int = 0
+
     def __init__(
         self, width: int, memory: FastMemory, conv: int, persistent: int, rope_base: float, gain: float
     ) -> None:
@@ -70,7 +72,7 @@ class MemoryAsContext(Part):
         asked = F.normalize(self._heads(query_BTD).to(wide), dim=-1)
         source = _Segments(self, asked, q, k, v, ctx, past)
         given = None if state is None else state.memory
-        (read, y, pairs), memory = self.memory.walk(source, given, ctx, wide)
+        (read, y, pairs), memory = self.memory.walk(source, given, ctx, wide, f"memory{self.site}.norm")
         if past is None:
             past = pairs.new_zeros(*pairs.shape[:2], back, pairs.shape[3])
         carried = torch.cat((past, pairs), dim=2)[:, :, pairs.shape[2] :]
@@ -98,6 +100,7 @@ class MemoryAsContext(Part):
             fixed_k, fixed_v = self.persistent.to(k.dtype)[:, None].expand(-1, len(k), -1, -1, -1)
             k, v = torch.cat((fixed_k, k), dim=2), torch.cat((fixed_v, v), dim=2)
             mask = F.pad(mask, (fixed_k.shape[2], 0), value=True)
+        q_BHWK = q_BHWK.contiguous()  # fused kernels ask for it, and a window of tokens is not
         y = F.scaled_dot_product_attention(q_BHWK, k, v, attn_mask=mask[:, None])
         return self.mix(y.transpose(1, 2).flatten(2))
 

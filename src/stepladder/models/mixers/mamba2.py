@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stepladder.core.errors import UserError
 from stepladder.models.base import Context, Cost, Part, State
+from stepladder.models.fast.decay import convolved, decay, running_sum
 from stepladder.models.layers import linear, no_autocast, norm
 
 SPAN = 64
@@ -88,7 +89,7 @@ class Mamba2(Part):
         wide = torch.promote_types(step.dtype, torch.float32)
         carried = self._start(batch, u_BTU.device, u_BTU.dtype) if state is None else state
 
-        mixed_BTU, inputs_BKU = self._convolve(u_BTU, carried.inputs_BKU, ctx)
+        mixed_BTU, inputs_BKU = convolved(u_BTU, carried.inputs_BKU, self.conv, ctx)
         shared = self.groups * self.state
         x, b, c = mixed_BTU.split((self.inner, shared, shared), dim=-1)
         x_BTHP = x.view(batch, tokens, self.heads, self.head_width)
@@ -105,18 +106,6 @@ class Mamba2(Part):
             y_BTHP, after_BHPN = naive(*inputs) if self.scan == "naive" else chunked(*inputs, self.chunk)
         y_BTE = (y_BTHP + self.D[:, None] * x_BTHP).flatten(2) * F.silu(gate)
         return self.out(self.norm(y_BTE.to(self.norm.weight.dtype))), Carried(inputs_BKU, after_BHPN)
-
-    def _convolve(self, u_BTU: Tensor, past_BKU: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """silu of the causal depthwise convolution, as a sum of shifted products; and the inputs to carry on."""
-        tokens, lags = u_BTU.shape[1], past_BKU.shape[1]
-        full = torch.cat((past_BKU.to(u_BTU.dtype), u_BTU), dim=1)
-        y_BTU = u_BTU * self.conv[0]
-        for lag in range(1, lags + 1):
-            shifted = full[:, lags - lag : lags - lag + tokens]
-            if ctx.packed:  # else positions are 0..T-1 and what precedes them is zeros
-                shifted = shifted.masked_fill((ctx.positions_BT < lag)[..., None], 0.0)
-            y_BTU = y_BTU + shifted * self.conv[lag]
-        return F.silu(y_BTU), full[:, tokens:]
 
     def _start(self, batch: int, device: torch.device, dtype: torch.dtype) -> Carried:
         wide = torch.promote_types(dtype, torch.float32)
@@ -217,51 +206,30 @@ def _span(
     groups, narrow, wide = b.shape[2], u.dtype, before_BHPN.dtype
     u, b, c = u.unflatten(1, shape).unflatten(3, (groups, -1)), b.unflatten(1, shape), c.unflatten(1, shape)
     document_BCQ = reset_BT.cumsum(1).unflatten(1, shape)
-    l_BCQH = _running_sum(log_decay.unflatten(1, shape), document_BCQ)
+    l_BCQH = running_sum(log_decay.unflatten(1, shape), document_BCQ)
     # The document in force where each chunk begins, and after the last one; at the start no document has begun.
     border_BC = F.pad(document_BCQ[:, :, -1], (1, 0))
 
     # Within a chunk: attention without a softmax, (C B^T * decay) u.
     l_BCHQ = l_BCQH.transpose(2, 3)
     seen_BCIJ = (document_BCQ[..., None] == document_BCQ[:, :, None]).tril()
-    weight = _decay(l_BCHQ[..., None] - l_BCHQ[:, :, :, None], seen_BCIJ[:, :, None])
+    weight = decay(l_BCHQ[..., None] - l_BCHQ[:, :, :, None], seen_BCIJ[:, :, None])
     scores = torch.einsum("bcign,bcjgn->bcgij", c, b)[:, :, :, None] * weight.unflatten(2, (groups, -1))
     y = torch.einsum("bcgrij,bcjgrp->bcigrp", scores.to(narrow), u)
 
     # What every chunk adds to the state, as seen from its end.
-    last = _decay(l_BCQH[:, :, -1:] - l_BCQH, (document_BCQ == border_BC[:, 1:, None])[..., None])
+    last = decay(l_BCQH[:, :, -1:] - l_BCQH, (document_BCQ == border_BC[:, 1:, None])[..., None])
     written = (last.unflatten(3, (groups, -1))[..., None] * u).to(narrow)
     added = torch.einsum("bcjgrp,bcjgn->bcgrpn", written, b).flatten(2, 3).to(wide)
 
     # The states between the chunks: a recurrence over chunks, as one product with a lower triangular matrix.
-    total_BCH = _running_sum(F.pad(l_BCQH[:, :, -1], (0, 0, 1, 0)), border_BC)
+    total_BCH = running_sum(F.pad(l_BCQH[:, :, -1], (0, 0, 1, 0)), border_BC)
     linked_BCC = (border_BC[:, :, None] == border_BC[:, None]).tril()
-    across = _decay(total_BCH[:, :, None] - total_BCH[:, None], linked_BCC[..., None])
+    across = decay(total_BCH[:, :, None] - total_BCH[:, None], linked_BCC[..., None])
     states = torch.einsum("bcdh,bdhpn->bchpn", across, torch.cat((before_BHPN[:, None], added), dim=1))
 
     # What every token reads from the state before its chunk.
-    first = _decay(l_BCQH, (document_BCQ == border_BC[:, :-1, None])[..., None])
+    first = decay(l_BCQH, (document_BCQ == border_BC[:, :-1, None])[..., None])
     read = torch.einsum("bcign,bcgrpn->bcigrp", c, states[:, :-1].to(narrow).unflatten(2, (groups, -1)))
     y = y + first.unflatten(3, (groups, -1))[..., None] * read
     return y.flatten(3, 4).flatten(1, 2), states[:, -1]
-
-
-def _running_sum(x: Tensor, document: Tensor) -> Tensor:
-    """Running sums along the last axis of ``document`` (x has one more), begun afresh at every document.
-
-    By doubling strides, not as differences of sums over everything: what a document's neighbours hold must not reach
-    it even by rounding. Sums are as exact as a tree's.
-    """
-    axis, stride = document.dim() - 1, 1
-    while stride < document.shape[-1]:
-        rest = document.shape[-1] - stride
-        same = document.narrow(-1, stride, rest) == document.narrow(-1, 0, rest)
-        earlier = x.narrow(axis, 0, rest).masked_fill(~same[..., None], 0.0)
-        x = torch.cat((x.narrow(axis, 0, stride), x.narrow(axis, stride, rest) + earlier), dim=axis)
-        stride *= 2
-    return x
-
-
-def _decay(logarithm: Tensor, kept: Tensor) -> Tensor:
-    """exp where ``kept``, else 0, with a zero gradient there."""
-    return logarithm.masked_fill(~kept, -torch.inf).exp()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepladder.models.base import Context
-from stepladder.models.fast.chunks import Layout, blocks, unblocked, wanted
+from stepladder.models.fast.chunks import Layout, blocks, unblocked
 from stepladder.models.fast.fast_weights import (
     Memory,
     Tokens,
@@ -84,15 +84,15 @@ class FastMemory(Walker):
             return tokens
         return tokens.map(lambda x: x.masked_fill(~real_BT.view(len(x), 1, -1, *(1,) * (x.dim() - 3)), 0.0), real_BT)
 
-    def run(self, tokens: Tokens, memory: Memory | None, ctx: Context) -> tuple[Tensor, Memory]:
-        """y (B, H, T, K) of all tokens, and the memory after them."""
+    def run(self, tokens: Tokens, memory: Memory | None, ctx: Context, name: str) -> tuple[Tensor, Memory]:
+        """y (B, H, T, K) of all tokens, and the memory after them; ``name``: see ``walk``, which alone can trace."""
         batch, _, count, _ = tokens.q.shape
-        if self.scan == "naive" or count == 1:
+        if (self.scan == "naive" or count == 1) and not ctx.tracing:
             wide = tokens.q.dtype
             first = self.learned(wide).base
             begun = self.start(batch, tokens.q.device, wide) if memory is None else memory
             return token_by_token(first, begun, tokens, ctx.positions_BT, self.chunk, self.bound, self.horizon)
-        (y_BHTK,), after = self.walk(Known(tokens), memory, ctx, tokens.q.dtype)
+        (y_BHTK,), after = self.walk(Known(tokens), memory, ctx, tokens.q.dtype, name)
         return y_BHTK, after
 
     def learned(self, wide: torch.dtype) -> Memory:
@@ -103,7 +103,7 @@ class FastMemory(Walker):
         return errors(base, tokens.k, tokens.v, self.bound)
 
     def step(self, memory: Memory, tokens: Tokens, rows: Rows) -> tuple[Tensor, Memory]:
-        within = decays(tokens, None, tokens.q.shape[2])
+        within = decays(tokens, None, tokens.q.shape[2], carried=self.momentum)
         return read(memory, tokens.q, *rows, within), write(memory, *rows, within)
 
     def fresh(self, learned: Memory, tokens: Tokens, rows: Rows, at: Layout) -> Tensor:
@@ -113,13 +113,10 @@ class FastMemory(Walker):
         def both(x: Tensor) -> Tensor:
             return blocks(x, 2, size, size)
 
-        some = wanted(blocks(at.fresh.long(), 1, 0, size).any(1))
-        heard, deltas = ([both(each)[some] for each in them] for them in rows)
-        real_BN = blocks(tokens.real.long(), 1, size, size).bool()
-        pairs = tokens.map(lambda x: both(x)[some], real_BN[some])
-        document_BN = blocks(at.start_BT + 1, 1, size, size)[some]  # 0 is the document of the padding
+        heard, deltas = ([both(each) for each in them] for them in rows)
+        pairs = tokens.map(both, blocks(tokens.real.long(), 1, size, size).bool())
+        document_BN = blocks(at.start_BT + 1, 1, size, size)  # 0 is the document of the padding
         y = read(replace(learned, momentum=()), pairs.q[:, :, size:], heard, deltas, decays(pairs, document_BN, size))
-        y = y.new_zeros(len(real_BN), *y.shape[1:]).index_copy(0, some, y)
         return unblocked(y, tokens.q.shape[2])
 
     def written(self, learned: Memory, tokens: Tokens, rows: Rows) -> Memory:

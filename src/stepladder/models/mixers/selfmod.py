@@ -113,6 +113,8 @@ class Memories(Walker):
 class SelfModifying(Part):
     """out( norm(y) * silu z ), u = silu(conv(W_u x)). Source and differences: zoo.hope."""
 
+    site: int = 0
+
     def __init__(self, width: int, head_width: int, memories: Memories, conv: int, gain: float) -> None:
         super().__init__()
         inner = memories.heads * head_width
@@ -126,7 +128,8 @@ class SelfModifying(Part):
         with no_autocast(x_BTD.device):  # a memory is kept in float32 whatever the other products are made in
             u, q = (each.to(wide).unflatten(-1, (self.memories.heads, -1)).transpose(1, 2) for each in (u, q))
             source = _Made(self.memories, u, F.normalize(q, dim=-1))
-            (y_BHTK,), memory = self.memories.walk(source, None if state is None else state.memory, ctx, wide)
+            given = None if state is None else state.memory
+            (y_BHTK,), memory = self.memories.walk(source, given, ctx, wide, f"memory{self.site}.norm")
         y_BTD = self.norm(y_BHTK.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)
         return self.out(y_BTD * F.silu(gate)), Carried(inputs_BLU, memory)
 

@@ -44,11 +44,8 @@ class NeuralMemory(Part):
         u_BTU, told_BTG = self.memory.project(x_BTD).split(self.memory.sizes, dim=-1)
         qkv, inputs_BLU = self.conv(u_BTU, None if state is None else state.inputs_BLU, ctx)
         with no_autocast(x_BTD.device):  # a memory is kept in float32 whatever the other products are made in
-            y_BHTK, memory = self.memory.run(
-                self.memory.told(qkv, told_BTG), None if state is None else state.memory, ctx
-            )
-        if ctx.tracing:
-            ctx.note(f"memory{self.site}.norm", sum(w.square().flatten(1).sum(1) for w in memory.now) ** 0.5)
+            given, tokens = None if state is None else state.memory, self.memory.told(qkv, told_BTG)
+            y_BHTK, memory = self.memory.run(tokens, given, ctx, f"memory{self.site}.norm")
         y_BTD = self.norm(y_BHTK.transpose(1, 2).to(self.norm.weight.dtype)).flatten(2)
         return self.out(y_BTD * F.silu(self.gate(x_BTD))), Carried(inputs_BLU, memory)
 

@@ -9,9 +9,8 @@ from stepladder.models.layers import residual_gain
 from stepladder.models.lm import LanguageModel
 from stepladder.models.mixers.delta import Delta
 from stepladder.models.recurrences.once import Once
-from stepladder.models.spec import SHAPES, Macro, architecture
+from stepladder.models.spec import HEADED, Macro, architecture
 from stepladder.models.stack import Stack
-from stepladder.models.zoo.titans import NESTED
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 8}
 
@@ -32,10 +31,7 @@ class GatedDeltaNet(Macro):
     scan: Literal["chunked", "naive"] = Field("chunked", description="matrix products over chunks, or the recurrence")
     chunk: int = Field(64, ge=2, description="tokens of a chunk; changes speed and rounding, not the function")
 
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        size: {"width": width, "depth": depth, "heads": heads}
-        for size, (width, depth, heads) in (SHAPES | NESTED).items()
-    }
+    sizes: ClassVar[dict[str, dict[str, Any]]] = HEADED
     twins: ClassVar[tuple[dict[str, Any], ...]] = ({"scan": "naive"},)
 
     def build(self, vocab: int) -> LanguageModel:

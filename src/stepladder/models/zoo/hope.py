@@ -12,23 +12,16 @@ from stepladder.models.lm import LanguageModel
 from stepladder.models.mixers.attention import Attention
 from stepladder.models.mixers.selfmod import Memories, SelfModifying
 from stepladder.models.recurrences.once import Once
-from stepladder.models.spec import SHAPES, AttentionMacro, Macro, architecture
+from stepladder.models.spec import HEADED, AttentionMacro, Macro, architecture
 from stepladder.models.stack import Residual, Stack
-from stepladder.models.zoo.titans import NESTED
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "levels": 2}
-
-SIZES: dict[str, dict[str, Any]] = {
-    size: {"width": width, "depth": depth, "heads": heads} for size, (width, depth, heads) in (SHAPES | NESTED).items()
-}
 
 
 class Chained(Macro):
     """Macro with a chain of levels in the place of SwiGLU. ``hidden`` is the hidden width of one level."""
 
     levels: int = Field(3, ge=1, description="levels of the continuum memory, from fast to slow")
-
-    sizes: ClassVar[dict[str, dict[str, Any]]] = SIZES
 
     def level_width(self, teach: bool) -> int:
         """Hidden width of a level; by default the chain, with its teacher, has the parameters of SwiGLU."""
@@ -89,7 +82,7 @@ class Learning(Chained):
 class Attended(Chained, AttentionMacro):
     """Chained, with attention as the mixer."""
 
-    sizes: ClassVar[dict[str, dict[str, Any]]] = SIZES
+    sizes: ClassVar[dict[str, dict[str, Any]]] = AttentionMacro.sizes
 
     def mixer(self) -> Part:
         base = self.rope_base if self.positions == "rope" else None
@@ -100,7 +93,7 @@ class Attended(Chained, AttentionMacro):
         return self.max_positions if self.positions == "learned" else 0
 
 
-@architecture("hope_attention", tiny=TINY | {"level_chunk": 5, "factor": 2})
+@architecture("hope_attention", tiny=TINY | {"level_chunk": 8, "factor": 2})
 class HopeAttention(Learning, Attended):
     """Blocks of attention and a continuum memory: MLPs that learn at test time, each at its own pace.
 
@@ -127,7 +120,7 @@ class CMSTransformer(Attended):
         return ContinuumMemory(self.width, levels, learn=False)
 
 
-@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 5, "factor": 2, "chunk": 8}, aliases=("hope",))
+@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 8, "factor": 2, "chunk": 16}, aliases=("hope",))
 class HopeSelfmod(Learning):
     """Blocks of self-modifying memories and a continuum memory.
 
@@ -137,6 +130,8 @@ class HopeSelfmod(Learning):
     hears the key, scalar retention on the other (the paper leaves its key undefined), and its term too is taken at the
     chunk's start, where the paper multiplies from token to token; no momentum; norms and a gate around the mixer.
     """
+
+    sizes: ClassVar[dict[str, dict[str, Any]]] = HEADED
 
     heads: int = Field(4, ge=1, description="heads; divides width")
     memory_expand: int = Field(1, ge=1, description="hidden width of a memory network in head widths")

@@ -14,13 +14,10 @@ from stepladder.models.mixers.neural_memory import FastMemory
 from stepladder.models.mixers.titans import NeuralMemory
 from stepladder.models.mixers.window import WindowAttention
 from stepladder.models.recurrences.once import Once
-from stepladder.models.spec import SHAPES, Macro, architecture
+from stepladder.models.spec import HEADED, Macro, architecture
 from stepladder.models.stack import Stack
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 8}
-
-NESTED = {"pilot": (512, 12, 8), "mid": (1024, 24, 16), "target": (1536, 32, 24)}
-"""Width, depth, heads of the sizes of this family; true counts of parameters: docs/nested.md."""
+TINY = {"width": 16, "depth": 2, "heads": 2, "chunk": 16}
 
 
 class Remembering(Macro):
@@ -41,10 +38,7 @@ class Remembering(Macro):
         32, ge=1, description="tokens whose inner gradients are taken at one memory; part of the function"
     )
 
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        size: {"width": width, "depth": depth, "heads": heads}
-        for size, (width, depth, heads) in (SHAPES | NESTED).items()
-    }
+    sizes: ClassVar[dict[str, dict[str, Any]]] = HEADED
 
     def fast_memory(self, scan: Literal["chunked", "naive"] = "chunked") -> FastMemory:
         """The memories of one block."""
