@@ -240,7 +240,7 @@ def _open(
     _configure(run_dir, asked.base)
     if not known.exists():
         write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
-        seen = {"images": images} if (images := stream.images()) else {}
+        seen = {name: found for name, found in (("images", stream.images()), ("origins", stream.origins)) if found}
         write_json(known, {"fingerprint": stream.fingerprint(), "overlap": stream.overlap(), **seen})
     if asked.extended:
         write_json(run_dir / "extension.json", asked.extended)
