@@ -255,7 +255,7 @@ def _commit(key: str, revision: str | None) -> str:
     except ImportError as error:
         raise _without(key) from error
     try:
-        return str(HfApi().dataset_info(PLACES[key].repo, revision=revision).sha)
+        return str(HfApi().dataset_info(PLACES[key].repo, revision=revision, timeout=10).sha)
     except Exception as error:  # the client's many kinds and its HTTP library's: all in the way, none ours
         raise _unreachable(key, error) from error
 

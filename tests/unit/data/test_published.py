@@ -73,7 +73,7 @@ class Hub:
             self.read[split] += 1
             yield {"text": row, "url": "somewhere"}
 
-    def dataset_info(self, repo: str, revision: str | None = None) -> Any:
+    def dataset_info(self, repo: str, revision: str | None = None, timeout: float | None = None) -> Any:
         if self.down:
             raise ConnectionError("no route to host")
         self.calls.append((repo, revision))
