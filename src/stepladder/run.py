@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, field_validator, model_validator
 
 from stepladder.core.config import Config, Field, chosen, digest, override, read_tree, validate
 from stepladder.core.errors import UserError
@@ -88,6 +88,13 @@ class TrainConfig(Config):
     max_skips: int = Field(20, ge=0, description="non-finite or spiking steps in a row before a run counts as diverged")
     threads: int | None = Field(1, ge=1, description="CPU threads; fixed, so that sums repeat bitwise")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _decides(cls, value: Any) -> Any:
+        if value in ("auto", "adaptive"):
+            raise ValueError("the rows of a step decide its result, so memory does not; give a number, and micro: auto")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -5,7 +5,6 @@ What a step is does not depend on memory. ``train.batch`` is what the run says; 
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from stepladder.core.config import chosen
 from stepladder.core.errors import UserError
 from stepladder.core.files import read_json, read_lines, write_json
 from stepladder.data.shards import learn
-from stepladder.data.stream import Stream
 from stepladder.data.tasks import TASKS
 from stepladder.data.tokenizers import AlphabetConfig
 from stepladder.models.weights import weights_digest
@@ -22,8 +20,7 @@ from stepladder.train import loop, session
 from stepladder.train import micro as module
 from stepladder.train.memory import training
 from stepladder.train.micro import GIB, Micro, available, choose
-from stepladder.train.optim import adamw, optimizer_tensors
-from stepladder.train.session import build, torch_settings, train
+from stepladder.train.session import torch_settings, train
 from stepladder.train.step import OutOfMemory, gradient_step
 
 CPU = torch.device("cpu")
@@ -155,38 +152,6 @@ def test_a_number_that_was_given_is_not_changed(tiny, tmp_path, monkeypatch):
         Micro(tiny(micro=1).train, []).shrink(0, "none")
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), r"2\.00 GiB\.$"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate"),
-    ],
-    ids=["gpu", "cpu"],
-)
-def test_running_out_of_memory_leaves_everything_as_it_was(tiny, tmp_path, monkeypatch, error, told):
-    run = tiny(micro=2)
-    stream = Stream(run.data, run.seed, tmp_path)
-    model = build(run, stream.tokenizer.vocab)
-    optimizer = adamw(model, run.train)
-    batch = stream.batch(0, np.arange(4), 4)
-    gradient_step(model, optimizer, batch, run.train, lr=1e-3, noise=0)
-    before = [tensor.clone() for tensor in (*model.parameters(), *optimizer_tensors(model, optimizer).values())]
-    forward, calls = model.forward, []
-
-    def second_fails(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == 2:
-            raise error
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", second_fails)
-    with pytest.raises(OutOfMemory, match=told):
-        gradient_step(model, optimizer, batch, run.train, lr=1e-3, noise=0)
-    after = [*model.parameters(), *optimizer_tensors(model, optimizer).values()]
-    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_another_error_is_left_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "_rehearse", lambda *_: None)
     monkeypatch.setattr(loop, "gradient_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes differ")))
@@ -197,6 +162,7 @@ def test_another_error_is_left_alone(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
+        ({"batch": "auto"}, "the rows of a step decide its result.*micro: auto"),
         ({"micro": 0}, "micro"),
         ({"micro": "most"}, "auto"),
         ({"micro": 3}, "micro=3 does not divide batch=4"),
