@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, field_validator, model_validator
 
 from stepladder.core.config import Config, Field, chosen, digest, override, read_tree, validate
 from stepladder.core.errors import UserError
@@ -29,12 +29,21 @@ from stepladder.models.weights import load_weights
 from stepladder.models.zoo import ARCHITECTURES, Spec
 from stepladder.start import Start
 
+Count = Annotated[int, Field(ge=1)]
+
 
 class TrainConfig(Config):
     """How a model is trained. A step is one optimizer update; the budget is one of steps, tokens, flops, seconds."""
 
     batch: int = Field(32, ge=1, description="rows per step")
-    micro: int | None = Field(None, ge=1, description="rows per micro-batch (accumulation); default: batch")
+    micro: Count | Literal["auto"] | None = Field(
+        None, description="rows per micro-batch (accumulation); auto: as many as fit into memory; default: batch"
+    )
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that a step may take, for micro: auto; default: a share of what is free at the start",
+    )
     steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
     tokens: int | None = Field(None, ge=1, description="budget in input tokens")
     flops: float | None = Field(None, gt=0, description="budget in training FLOPs (3 x forward, executed ticks)")
@@ -53,6 +62,10 @@ class TrainConfig(Config):
     beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's second moment")
     clip: float = Field(1.0, gt=0, description="bound on the global gradient norm")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; masters stay fp32")
+    matmul: Literal["highest", "high", "medium"] = Field(
+        "highest", description="matrix products of fp32: highest: fp32; on a GPU also high: TF32, medium: bf16"
+    )
+    tf32: bool = Field(False, description="convolutions of fp32 in TF32, on a GPU")
     compile: bool = Field(False, description="torch.compile the model")
     freeze_encoder: bool = Field(False, description="leave the image encoder as it was initialised")
     horizon: int | None = Field(
@@ -79,13 +92,22 @@ class TrainConfig(Config):
     threads: int | None = Field(1, ge=1, description="CPU threads; fixed, so that sums repeat bitwise")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
 
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _decides(cls, value: Any) -> Any:
+        if value in ("auto", "adaptive"):
+            raise ValueError("the rows of a step decide its result, so memory does not; give a number, and micro: auto")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         budgets = [n for n in ("steps", "tokens", "flops", "seconds") if getattr(self, n) is not None]
         if len(budgets) != 1:
             raise ValueError(f"give exactly one budget of steps, tokens, flops, seconds, not {budgets or 'none'}")
-        if self.micro is not None and self.batch % self.micro:
+        if self.batch % self.at_once(self.batch):
             raise ValueError(f"micro={self.micro} does not divide batch={self.batch}")
+        if self.memory is not None and self.micro != "auto":
+            raise ValueError(f"memory={self.memory:g} is for micro: auto; set that, or leave it out")
         if self.muon_lr is not None and self.optimizer != "muon":
             raise ValueError(f"muon_lr={self.muon_lr} is for Muon; set optimizer: muon (--use-muon), or leave it out")
         return self
@@ -99,6 +121,10 @@ class TrainConfig(Config):
             for name, steps in self.losses_warmup.items()
         }
         return self.model_copy(update={"losses": {**self.losses, **rising}})
+
+    def at_once(self, rows: int) -> int:
+        """How many of the ``rows`` of a batch go through the model at a time: all, unless a number is given."""
+        return self.micro if isinstance(self.micro, int) else rows
 
 
 Ticks = Annotated[int, Field(ge=1)]
@@ -179,6 +205,8 @@ class Run(Config):
         safe_name(self.name)
         if self.train.freeze_encoder and self.encoder is None:
             raise ValueError("train.freeze_encoder: there is no encoder to freeze; give one, such as encoder: conv")
+        if self.train.micro == "auto" and self.encoder is not None:
+            raise ValueError("train.micro: auto does not measure image encoders; give a number of rows")
         for place, source in enumerate(self.data.sources):
             if isinstance(source, ImageSource):
                 _fits(self.encoder, source, f"data.sources.{place}")

@@ -18,13 +18,13 @@ from stepladder.core.errors import UserError
 from stepladder.data.stream import DataConfig
 from stepladder.experiments.ladder import Ladder
 from stepladder.experiments.match import cost
-from stepladder.experiments.memory import decoding, training
 from stepladder.experiments.sweep import Sweep
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import Spec
 from stepladder.report.words import quantity
 from stepladder.run import EvalConfig, TrainConfig
 from stepladder.train import loop, session, step
+from stepladder.train.memory import decoding, training
 
 SECTIONS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -40,7 +40,7 @@ MEMORY = (
     "Measured on the calls themselves, nothing allocated. saved: for the backward pass. train in: the peak of an "
     "update with AdamW. state: kept from token to token. decode in: the peak of a prompt and one more token."
 )
-"""What the columns of memory say; ``experiments.memory`` tells what they leave out."""
+"""What the columns of memory say; ``train.memory`` tells what they leave out."""
 
 
 def costs(of: Spec, vocab: int, contexts: str, batch: int, ticks: int | None = None, precision: str = "fp32") -> Table:

@@ -28,7 +28,7 @@ from stepladder.run import Run, latest_checkpoint, load
 from stepladder.train import loop, session
 from stepladder.train.optim import adamw, learning_rate, optimizer_tensors
 from stepladder.train.session import build, train
-from stepladder.train.step import gradient_step
+from stepladder.train.step import OutOfMemory, gradient_step
 
 
 @pytest.fixture(autouse=True)
@@ -306,6 +306,31 @@ def test_T10_same_seed_same_bits_whatever_the_hash_seed(tmp_path):
     assert found[0] == found[1] == (latest_checkpoint(other) / "model.safetensors").read_bytes()
     seed = train(tiny_run("seed", model={"dropout": 0.1}).model_copy(update={"seed": 6}), tmp_path, quiet=True)
     assert found[0] != (latest_checkpoint(seed) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), r"2\.00 GiB\.$"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_T11_running_out_of_memory_leaves_everything_as_it_was(tmp_path, monkeypatch, error, told):
+    bench = Bench(tiny_run(micro=2), tmp_path)
+    before, forward, calls = bench.bits(), bench.model.forward, []
+
+    def second_fails(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 2:
+            raise error
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(bench.model, "forward", second_fails)
+    with pytest.raises(OutOfMemory, match=told):
+        bench.step()
+    assert bench.bits() == before
+    assert all(parameter.grad is None for parameter in bench.model.parameters())
 
 
 def test_T12_sigterm_saves_and_exits_143(tmp_path):

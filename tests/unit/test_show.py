@@ -7,9 +7,9 @@ from rich.console import Console
 
 from stepladder import show
 from stepladder.core.errors import UserError
-from stepladder.experiments.memory import decoding, training
 from stepladder.models.zoo import spec
 from stepladder.run import TrainConfig
+from stepladder.train.memory import decoding, training
 
 VOCAB = 259
 

@@ -1,4 +1,4 @@
-"""Commands on data: data compgen, data clrs."""
+"""Commands on data: data compgen, data clrs, data fetch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ compgen = typer.Typer(help="CompGen: small programs with a declared complexity."
 clrs = typer.Typer(help="CLRS-Text: 30 textbook algorithms as questions and answers.", no_args_is_help=True)
 app.add_typer(compgen, name="compgen")
 app.add_typer(clrs, name="clrs")
+
+
+@app.command()
+def fetch(
+    key: Annotated[str, typer.Argument(help="corpus, such as tinystories")],
+    fields: Annotated[list[str] | None, typer.Argument(help="such as documents=20000", show_default=False)] = None,
+) -> None:
+    """Take a published corpus into the cache, as a run with a source {kind: corpus, key: KEY} does when it begins."""
+    from stepladder.core.config import override, validate
+    from stepladder.data import published
+    from stepladder.run import cache_folder
+
+    source = validate(published.CorpusSource, override({"key": key}, fields or ()), f"corpus {key}")
+    with progress(f"taking {key}", (source.documents or 0) + (source.valid_documents or 0)) as advance:
+        found = source.corpus(cache_folder(), advance).origin
+    counts = ", ".join(f"{found[split]['documents']:,} documents {use}" for split, use in published.USES.items())
+    say(f"{key} ({found.get('revision') or found['file']}): {counts}, in {cache_folder()}")
 
 
 @compgen.command(name="generate")

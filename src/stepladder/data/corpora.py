@@ -37,7 +37,8 @@ from stepladder.core.keys import hash64
 PYDOC = "pydoc"
 RULES = 1  # raise with every change of the rules: cached tokens then go out of use
 _LIMIT = 10_000  # characters in a document of a .txt file
-_VALID = 16  # one document in so many is for validation
+HELD_OUT = 16
+"""One document in so many is for validation: those whose ``hash64`` of the normalised text it divides."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REPLACED = "\ufffd"
 _MARK = b"\xef\xbb\xbf"  # a byte-order mark
@@ -66,11 +67,12 @@ class Corpus:
 
     With a ``valid`` file the splits are the two files. Without one, a document is for validation if the hash of its
     normalised text (lower case, white space collapsed) falls into one bucket of sixteen: copies of a document stay
-    together. Should a split get nothing, one document moves there.
+    together. Should a split get nothing, one document moves there. ``origin``: where documents come from that were
+    taken from elsewhere (see data.published), for the run's records.
     """
 
-    def __init__(self, path: str, valid: str | None = None) -> None:
-        self.path, self.valid = path, valid
+    def __init__(self, path: str, valid: str | None = None, origin: dict[str, Any] | None = None) -> None:
+        self.path, self.valid, self.origin = path, valid, origin or {}
         self.digest = digest({"rules": RULES, "train": content(path), "valid": valid and content(valid)})
 
     def documents(self, split: str) -> Iterator[str]:
@@ -85,6 +87,10 @@ class Corpus:
     def characters(self, split: str) -> int:
         """How many characters ``documents`` gives."""
         return self.scan.characters[split]
+
+    def count(self, split: str) -> int:
+        """How many documents that are."""
+        return self.scan.documents[split]
 
     @cached_property
     def scan(self) -> Scan:
@@ -117,7 +123,7 @@ class Corpus:
                 f"text source '{self.path}' has a single document, none is left for validation;"
                 " give a file of its own as 'valid'"
             )
-        sides = hashes % _VALID == 0
+        sides = hashes % HELD_OUT == 0
         if not sides.any():
             return hashes == different[0]
         return hashes != different[-1] if sides.all() else sides
@@ -178,17 +184,25 @@ def read_documents(path: str, counts: Counter[str]) -> Iterator[str]:
     """The documents of one source by the rules above; ``counts`` tallies each rule that was applied."""
     if path == PYDOC:
         pieces: Iterable[str] = (clean(topics[name], counts) for name in sorted(topics))
-        yield from _trimmed(pieces, counts)
+        yield from trimmed(pieces, counts)
         return
     with _open(path) as handle:
         if path.removesuffix(".gz").endswith(".jsonl"):
             pieces = _jsonl(handle, path, counts)
         else:
             pieces = _paragraphs(_lines(handle, counts))
-        yield from _trimmed(pieces, counts)
+        yield from trimmed(pieces, counts)
 
 
-def _trimmed(pieces: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+def read_lines(path: str, counts: Counter[str]) -> Iterator[str]:
+    """The lines of a .txt or .txt.gz file, without their ends."""
+    with _open(path) as handle:
+        for line in _lines(handle, counts):
+            yield line.rstrip("\n")
+
+
+def trimmed(pieces: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+    """Pieces of clean text as documents: without white space around them, and without those that are nothing but it."""
     for piece in pieces:
         if piece.strip():
             indent = len(piece) - len(piece.lstrip())  # of the first line with text, that line's own is kept

@@ -198,6 +198,10 @@ class Pairs:
         """How many characters ``documents`` gives."""
         return self._characters[split]
 
+    def count(self, split: str) -> int:
+        """How many pairs that are."""
+        return len(self.train if split == "train" else self.held)
+
     def alphabet(self) -> set[str]:
         """Every character that occurs."""
         found: set[str] = set()

@@ -89,28 +89,45 @@ class Learnable(Protocol):
     def characters(self, split: str) -> int:
         """How many characters these have."""
 
+    def count(self, split: str) -> int:
+        """How many these are."""
+
 
 def learn(config: TokenizerConfig, alphabet: str, corpora: Sequence[Learnable], cache: Path) -> Tokenizer:
     """The tokenizer that a configuration describes, given every character of the tasks and the texts.
 
     One that reads text is learned from training documents, evenly spread over them, and kept in the cache.
     """
-    if not config.reads():
+    characters, documents = config.reads()
+    if not characters:
         return config.build(alphabet, ())
     what = {"tokenizer": config.model_dump(), "alphabet": alphabet, "texts": [corpus.digest for corpus in corpora]}
     folder = cache / f"tokenizer-{digest(what)[:32]}"
 
     def build(temporary: Path) -> None:
-        total = sum(corpus.characters("train") for corpus in corpora)
-        every = math.ceil(max(1.0, total / config.reads()))
+        shares = [
+            sum(corpus.characters("train") for corpus in corpora) / characters,
+            sum(corpus.count("train") for corpus in corpora) / documents,
+        ]
         texts = itertools.chain.from_iterable(corpus.documents("train") for corpus in corpora)
-        tokenizer = config.build(alphabet, itertools.islice(texts, 0, None, every))
+        sample = itertools.islice(texts, 0, None, math.ceil(max(1.0, *shares)))
+        tokenizer = config.build(alphabet, _within(sample, characters))
         (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
     build_once(folder, build)
     with whole(folder):
         verify_manifest(folder)
         return from_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def _within(texts: Iterable[str], characters: float) -> Iterator[str]:
+    """Texts of so many characters together; the last is cut."""
+    for text in texts:
+        if len(text) >= characters:
+            yield text[: int(characters)]
+            return
+        characters -= len(text)
+        yield text
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:

@@ -6,6 +6,7 @@ import itertools
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +16,7 @@ from stepladder.core.config import Field, Kinded, chosen, register
 from stepladder.core.keys import Key, permute
 from stepladder.core.registry import Registry
 from stepladder.data.base import Asked, Task
-from stepladder.data.corpora import source_name
+from stepladder.data.corpora import Corpus, source_name
 from stepladder.data.pairs import Pairs, Templates, fields
 from stepladder.data.tasks import TASKS
 from stepladder.data.tokenizers import Tokenizer
@@ -25,7 +26,7 @@ Step = Annotated[int, Field(ge=0)]
 
 
 class Source(Kinded):
-    """Where rows come from, and how often: the kinds are ``task``, ``pairs``, ``text`` and ``images``."""
+    """Where rows come from, and how often: the kinds are ``task``, ``pairs``, ``text``, ``corpus`` and ``images``."""
 
     serves: ClassVar[str] = ""  # the suites that ask about it: those that need a "task", a "text" or an "image"
 
@@ -78,6 +79,7 @@ class Source(Kinded):
 
 SOURCES: Registry[type[Source]] = Registry("data source")
 SOURCES.lazy("images", "stepladder.data.images:ImageSource", extra="vision")
+SOURCES.lazy("corpus", "stepladder.data.published:CorpusSource", extra="hf")
 
 
 @register(SOURCES, "task")
@@ -106,11 +108,19 @@ class TaskSource(Source):
         return low, high if step >= self.ramp else low + (high - low) * step // self.ramp
 
 
-@register(SOURCES, "text")
-class TextSource(Source):
-    """Windows of a text's tokens, in an order shuffled anew for every pass."""
+class Texts(Source):
+    """Windows of the tokens of documents, in an order shuffled anew for every pass."""
 
     serves: ClassVar[str] = "text"
+
+    @abstractmethod
+    def corpus(self, cache: Path) -> Corpus:
+        """The documents; what has to be fetched is kept in the folder ``cache``."""
+
+
+@register(SOURCES, "text")
+class TextSource(Texts):
+    """The documents of a file."""
 
     path: str = Field(description="'pydoc' (built in), or a file .txt or .jsonl, also .gz")
     valid: str | None = Field(None, description="validation file [1/16 of the documents, by hash]")
@@ -119,6 +129,10 @@ class TextSource(Source):
     def label(self) -> str:
         """The file's name without folders and endings."""
         return source_name(self.path)
+
+    def corpus(self, cache: Path) -> Corpus:
+        """The file's documents, read where it lies."""
+        return Corpus(self.path, self.valid)
 
 
 @register(SOURCES, "pairs")

@@ -20,7 +20,6 @@ from stepladder.core.config import Config, Field, chosen, digest
 from stepladder.core.errors import UserError
 from stepladder.core.keys import Key, key, unit
 from stepladder.data.base import overlap
-from stepladder.data.corpora import Corpus
 from stepladder.data.packing import pack, probe
 from stepladder.data.pairrows import Packed, packed
 from stepladder.data.shards import Learnable, Shards, learn, prepare
@@ -31,11 +30,13 @@ from stepladder.data.sources import (
     Rows,
     Shown,
     TaskSource,
-    TextSource,
+    Texts,
     shuffled,
 )
 from stepladder.data.tokenizers import IGNORE, PAD, TOKENIZERS, ByteConfig, Tokenizer, TokenizerConfig
 
+WHERE = {"path", "valid", "revision", "streaming"}
+"""Fields of a source that say where its content comes from; the content itself decides."""
 OVERLAP_ITEMS = 2000
 """Questions of each split that a task's overlap is measured on."""
 
@@ -53,13 +54,13 @@ class DataConfig(Config):
         for step in sorted(points):  # the sum is linear between the points, so it is positive everywhere
             if sum(source.share(step) for source in self.sources) <= 0:
                 raise ValueError(f"sources: all weights are 0 at step {step}; give one of them more")
-        texts = [source.path for source in self.sources if isinstance(source, TextSource)]
+        texts = [source.label for source in self.sources if isinstance(source, Texts)]
         if texts and self.tokenizer.kind == "alphabet":
             raise ValueError(
                 f"tokenizer 'alphabet' knows the tasks' characters only, not those of '{texts[0]}';"
                 " use 'byte', 'char' or 'bpe'"
             )
-        if self.tokenizer.kind == "bpe" and not any(isinstance(s, TextSource | PairSource) for s in self.sources):
+        if self.tokenizer.kind == "bpe" and not any(isinstance(s, Texts | PairSource) for s in self.sources):
             raise ValueError("tokenizer 'bpe' learns from text and there is no text source; use 'alphabet' or 'byte'")
         return self
 
@@ -107,12 +108,13 @@ class Stream:
     """All the data of a run: training batches by step, validation text from front to back.
 
     ``cache`` is the folder where tokens are kept. ``tokenizer`` replaces the configured one by that of a finished run.
+    ``origins``: by source that was fetched, which revision of what it is.
     Raises UserError if anything is missing, damaged or does not fit.
     """
 
     def __init__(self, config: DataConfig, seed: int, cache: Path, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.seed, self.names = config, seed, config.names()
-        texts = {i: Corpus(s.path, s.valid) for i, s in enumerate(config.sources) if isinstance(s, TextSource)}
+        texts = {i: s.corpus(cache) for i, s in enumerate(config.sources) if isinstance(s, Texts)}
         tasks = [source.task for source in config.sources if isinstance(source, TaskSource)]
         self.pairs = {self.names[i]: s.pairs for i, s in enumerate(config.sources) if isinstance(s, PairSource)}
         characters = set().union(*(task.alphabet for task in tasks), *(s.alphabet() for s in config.sources))
@@ -121,6 +123,7 @@ class Stream:
         read: list[Learnable] = [*texts.values(), *self.pairs.values()]
         self.tokenizer = tokenizer or learn(config.tokenizer, "".join(sorted(characters)), read, cache)
         self.texts = {self.names[i]: prepare(corpus, self.tokenizer, cache) for i, corpus in texts.items()}
+        self.origins = {self.names[i]: corpus.origin for i, corpus in texts.items() if corpus.origin}
         self._rows: list[Rows] = []
         for name, source in zip(self.names, config.sources, strict=True):
             if isinstance(source, TaskSource):
@@ -130,7 +133,7 @@ class Stream:
                 secret = key(seed, "data", "pairs", name)
                 rows = packed(self.pairs[name], self.tokenizer, config.sequence, secret / "rows", cache)
                 self._rows.append(_PairRows(rows, secret))
-            elif isinstance(source, TextSource):
+            elif isinstance(source, Texts):
                 self._rows.append(_TextRows(self.texts[name], key(seed, "data", "text", name), config.sequence))
             else:
                 self._rows.append(source.open(name, seed, self.tokenizer, config.sequence))
@@ -221,7 +224,7 @@ class Stream:
             elif isinstance(source, PairSource):
                 counted = self.pairs[name].overlap()
                 found |= {f"{name}/{group}" if group else name: counts for group, counts in counted.items()}
-            elif not isinstance(source, TextSource):
+            elif not isinstance(source, Texts):
                 found[name] = source.overlap()
         return found
 
@@ -235,11 +238,11 @@ class Stream:
             if isinstance(source, TaskSource):
                 drawn = source.task.batch(0, "train", np.arange(64), source.task.train)
                 content = hashlib.sha256(drawn.question.tobytes() + drawn.answer.tobytes()).hexdigest()
-            elif isinstance(source, TextSource):
+            elif isinstance(source, Texts):
                 content = self.texts[name].about["text"]
             else:
                 content = source.content()
-            parts.append([name, source.model_dump(mode="json", exclude={"path", "valid"}), content])
+            parts.append([name, source.model_dump(mode="json", exclude=WHERE), content])
         return digest({"tokenizer": self.tokenizer.fingerprint, "sequence": self.config.sequence, "sources": parts})
 
     def _shares(self, step: int) -> np.ndarray:

@@ -266,9 +266,9 @@ _WORD_END = re.compile(r"[^\s](?=[ \n])")
 class TokenizerConfig(Kinded):
     """How a run's tokenizer comes about; the kinds are below."""
 
-    def reads(self) -> float:
-        """How many characters of training text ``build`` wants: none, infinity for all, or about so many."""
-        return 0
+    def reads(self) -> tuple[float, float]:
+        """How many characters, and how many documents, of training text ``build`` wants at most; (0, 0): none."""
+        return 0, 0
 
     @abstractmethod
     def build(self, alphabet: str, texts: Iterable[str]) -> Tokenizer:
@@ -296,13 +296,20 @@ class AlphabetConfig(TokenizerConfig):
         return CharTokenizer("".join(sorted(set(alphabet))))
 
 
-@register(TOKENIZERS, "char")
-class CharConfig(TokenizerConfig):
-    """One id per character of the training text and of the tasks; any other becomes UNK."""
+class Learned(TokenizerConfig):
+    """What is learned from training documents, evenly spread over all there are; never from validation."""
 
-    def reads(self) -> float:
-        """Everything, so that no character of the training text is unknown."""
-        return math.inf
+    sample: int | None = Field(None, ge=1, description="characters of training text to learn from, at most [all]")
+    documents: int | None = Field(None, ge=1, description="training documents to learn from, at most [all]")
+
+    def reads(self) -> tuple[float, float]:
+        """The bounds."""
+        return self.sample or math.inf, self.documents or math.inf
+
+
+@register(TOKENIZERS, "char")
+class CharConfig(Learned):
+    """One id per character of the training text and of the tasks; any other becomes UNK, one for each of its bytes."""
 
     def build(self, alphabet: str, texts: Iterable[str]) -> Tokenizer:
         """A CharTokenizer with UNK."""
@@ -313,15 +320,13 @@ class CharConfig(TokenizerConfig):
 
 
 @register(TOKENIZERS, "bpe")
-class BPEConfig(TokenizerConfig):
-    """Byte pairs learned from a sample of the training text."""
+class BPEConfig(Learned):
+    """Byte pairs learned from a sample of the training text; every text can be written in them."""
 
     vocab: int = Field(1024, ge=260, le=1 << 20, description="most ids to learn, specials and bytes included")
-    sample: int = Field(20_000_000, ge=1, description="characters of training text to learn from, about")
-
-    def reads(self) -> float:
-        """The sample."""
-        return self.sample
+    sample: int | None = Field(
+        20_000_000, ge=1, description="characters of training text to learn from, at most; null: all"
+    )
 
     def build(self, alphabet: str, texts: Iterable[str]) -> Tokenizer:
         """A BPETokenizer trained on the texts."""

@@ -130,7 +130,7 @@ def documents(job: Job) -> Documents | str:
     """The validation documents of the run's texts, or else those of 'pydoc'; or a sentence that says why not."""
     if not spellable(job.tokenizer):
         return CANNOT_SPELL.format(job.tokenizer.kind, "the needles, which are those of the task 'needle'")
-    if any(source.kind == "text" for source in job.run.data.sources):
+    if any(source.serves == "text" for source in job.run.data.sources):
         stream = job.stream or Stream(job.run.data, job.run.seed, cache_folder(), job.tokenizer)
         return Documents([shards.valid for shards in stream.texts.values()], job.tokenizer)
     try:

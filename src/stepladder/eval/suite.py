@@ -227,7 +227,7 @@ def _rehearse(run: Run, chosen: Sequence[str], config: EvalConfig) -> None:
 def _stream(loaded: Loaded, chosen: Sequence[str]) -> Stream | None:
     """The run's data, which must be those it was trained on; None if only texts that no suite needs would be read."""
     run, known = loaded.run, loaded.path.parent.parent / "data.json"
-    texts = any(source.kind == "text" for source in run.data.sources)
+    texts = any(source.serves == "text" for source in run.data.sources)
     if texts and not any(SUITES.get(name).texts for name in chosen):
         return None
     stream = Stream(run.data, run.seed, cache_folder(), loaded.tokenizer)

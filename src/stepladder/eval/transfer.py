@@ -27,9 +27,9 @@ from rich.table import Table
 from stepladder.core.errors import UserError
 from stepladder.core.keys import key, permute
 from stepladder.data.base import strings
-from stepladder.data.corpora import Corpus, normalise
+from stepladder.data.corpora import normalise
 from stepladder.data.pairs import Pairs, Quiz
-from stepladder.data.sources import PairSource, Source, TaskSource, TextSource
+from stepladder.data.sources import PairSource, Source, TaskSource, Texts
 from stepladder.data.stream import Stream
 from stepladder.data.tokenizers import BOS, EOS, Tokenizer
 from stepladder.eval.exact import Sheet, ask, bounds, cells
@@ -186,14 +186,14 @@ def rehearse(run: Run, config: EvalConfig) -> None:
     for name, source in _named(run, config):
         if _what(source) in trained:
             raise UserError(f"eval.transfer: the run is trained on '{name}'; other suites ask that, so leave it out")
-        if isinstance(source, TextSource):
-            Corpus(source.path, source.valid)
+        if isinstance(source, Texts):
+            source.corpus(cache_folder())
         for label, task in source.asked(name):
             demonstrations(source, Sheet(label, task, *task.items(config.seed, 1)), max(config.shots), config.seed)
 
 
 def _what(source: Source) -> tuple[str, str]:
-    what = source.task.kind if isinstance(source, TaskSource) else str(getattr(source, "path", ""))
+    what = source.task.kind if isinstance(source, TaskSource) else getattr(source, "path", None) or source.label
     return source.kind, what
 
 
@@ -233,7 +233,7 @@ def transfer(job: Job) -> Outcome:
             found += made
             records += answered
             job.advance(1 / (len(everything) * len(shots)))
-    texts = tuple(source for source in job.config.transfer if isinstance(source, TextSource))
+    texts = tuple(source for source in job.config.transfer if isinstance(source, Texts))
     read: list[dict[str, Any]] = []
     if texts:
         data = job.run.data.model_copy(update={"sources": texts})

@@ -97,7 +97,7 @@ def read(path: Path, overrides: list[str], text: str | None = None) -> Ladder:
 
 
 def _is_text(source: Any) -> bool:
-    return source == "text" or (isinstance(source, dict) and source.get("kind") == "text")
+    return source == "text" or (isinstance(source, dict) and source.get("kind") in ("text", "corpus"))
 
 
 def expand(ladder: Ladder, cache: Path, runs: Path = Path("runs")) -> dict[str, Rung]:

@@ -113,9 +113,7 @@ class LanguageModel(nn.Module):
         seen = None if images is None else self._seen(images, tokens_BT)
         placed_BT = None if seen is None else seen[0]
         spend = spend_state and not torch.is_grad_enabled()
-        ctx = Context(
-            tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits, spend, placed_BT
-        )
+        ctx = Context(tokens_BT, positions_BT, packed, ticks, state.key_B, 0, recompute, sink, edits, spend, placed_BT)
 
         x_BTD = self.embed(ctx, seen)
         x_BTD, prelude = self.prelude(x_BTD, state.prelude, ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import sys
 import time
@@ -21,8 +22,9 @@ from stepladder.data.stream import Stream
 from stepladder.models.lm import LanguageModel
 from stepladder.run import Run, TrainConfig
 from stepladder.train import checkpoint
+from stepladder.train.micro import Micro
 from stepladder.train.optim import learning_rate, never_updated
-from stepladder.train.step import HALTING, Taken, gradient_step
+from stepladder.train.step import HALTING, OutOfMemory, Taken, gradient_step
 
 FLAGGED = 5.0
 """A loss above this multiple of its running mean is reported as a spike, skipped or not."""
@@ -156,13 +158,16 @@ def fit(
     run_dir: Path,
     stop: Stop,
     *,
+    micro: Micro | None = None,
     evaluate: Callable[[], dict[str, Any]] | None,
     log: Callable[[dict[str, Any]], None],
 ) -> str:
     """Train from where ``progress`` stands until the budget is spent; "complete", "interrupted" or "diverged".
 
     ``evaluate`` gives figures of the model as it is, ``log`` keeps a metric line. Ends with a checkpoint in any case.
+    ``micro``: how many rows at a time; default: as ``run.train`` says.
     """
+    micro = micro or Micro(run.train, [])
     train, rows, saved = run.train, np.arange(run.train.batch), progress.step or -1
     save = partial(_save, run_dir, model, optimizer, progress, run)
     save_every = train.save_every or (math.ceil(budget.steps / SAVES) if budget.steps else None)
@@ -185,8 +190,10 @@ def fit(
         lr = learning_rate(train, budget.fraction(progress))
         noise = key(run.seed, "noise", progress.step).seed()
         batch = stream.batch(progress.step, rows, train.batch)
-        now, limit = train.at(progress.step), _spike(progress, train.spike)
-        taken = gradient_step(model, optimizer, batch, now, lr=lr, noise=noise, limit=limit)
+        limit = _spike(progress, train.spike)
+        take = partial(gradient_step, model, optimizer, batch, lr=lr, noise=noise, limit=limit)
+        while (taken := _tried(take, micro, progress.step, log)) is None:
+            pass
         usual = _spike(progress, FLAGGED)
         progress.count(taken, batch.tokens.size, budget.flops_per_token, time.perf_counter() - began)
 
@@ -194,6 +201,20 @@ def fit(
             log(event)
         if _due(progress.step, train.log_every) or budget.spent(progress):
             log(progress.close_window(lr, taken.grad_norm, taken.grad_norms))
+
+
+def _tried(
+    take: Callable[[TrainConfig], Taken], micro: Micro, step: int, log: Callable[[dict[str, Any]], None]
+) -> Taken | None:
+    """The step; or None if it ran out of memory, and takes fewer rows at a time when it is tried again."""
+    try:
+        return take(micro.at(step))
+    except OutOfMemory as error:
+        cause = str(error)  # and not the error itself, which holds on to all that the step had made
+    gc.collect()
+    torch.cuda.empty_cache()
+    log(micro.shrink(step, cause))
+    return None
 
 
 def _finite(norm: float) -> float | None:

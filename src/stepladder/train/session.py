@@ -41,6 +41,7 @@ from stepladder.train import checkpoint, plots, provenance
 from stepladder.train.display import Display
 from stepladder.train.loop import Budget, Progress, Stop, fit
 from stepladder.train.loss import objective
+from stepladder.train.micro import Micro
 from stepladder.train.optim import optimizer as make_optimizer
 from stepladder.train.request import Asked, agree, finished, held
 from stepladder.train.starting import base_of, set_out, tokenizer_of
@@ -90,6 +91,7 @@ def train(
     with torch_settings(run.train, device):
         base = base_of(run, begun=bool(checkpoints(run_dir)))
         stream = Stream(run.data, run.seed, cache_folder(), tokenizer_of(run, run_dir, base))
+        micro = Micro.of(run, stream.tokenizer.vocab, run_dir, device)
         model = build(run, stream.tokenizer.vocab)
         stream.expand(body(model))
         # With adapters, too: the gradient of whole weights is made.
@@ -97,7 +99,7 @@ def train(
         set_out(model, run, base)
         model.to(device)
         optimizer = make_optimizer(model, run.train)
-        _rehearse(run, model, stream, rehearse)
+        _rehearse(run, model, stream, micro.at(0).at_once(run.train.batch), rehearse)
         tokens_per_step = run.train.batch * run.data.sequence
         budget = Budget.of(asked.train, tokens_per_step, flops)
         budget = replace(budget, horizon=Budget.of(run.train, tokens_per_step, flops).horizon)
@@ -106,6 +108,7 @@ def train(
         with _locked(run_dir):
             with _writing(run_dir):
                 progress = _open(run_dir, asked, stream, model, optimizer, device)
+                micro.keep(run_dir, progress.step)
             display = Display(run.name, budget, progress, provenance.device_name(device), quiet)
             with _signals() as stop, display, _summarised(run_dir, asked, model, progress) as outcome:
                 outcome["status"] = fit(
@@ -117,6 +120,7 @@ def train(
                     progress,
                     run_dir,
                     stop,
+                    micro=micro,
                     evaluate=evaluate and (lambda: _figures(evaluate, model, stream.tokenizer, run)),
                     log=lambda line: _log(run_dir, line, display),
                 )
@@ -160,8 +164,9 @@ def body(model: LanguageModel) -> int:
 
 @contextmanager
 def torch_settings(train: TrainConfig, device: torch.device) -> Iterator[None]:
-    """The number of threads and, on a CPU, algorithms that sum in one order; put back afterwards."""
+    """Threads, the precision of products and, on a CPU, algorithms that sum in one order; put back afterwards."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
     try:
@@ -170,18 +175,22 @@ def torch_settings(train: TrainConfig, device: torch.device) -> Iterator[None]:
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)
             memory.fill_uninitialized_memory = False  # filling costs time and changes no result
+        torch.set_float32_matmul_precision(train.matmul)
+        torch.backends.cudnn.allow_tf32 = train.tf32
         yield
     finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
         memory.fill_uninitialized_memory = fill
 
 
-def _rehearse(run: Run, model: LanguageModel, stream: Stream, also: Callable[[Run], None] | None) -> None:
+def _rehearse(run: Run, model: LanguageModel, stream: Stream, rows: int, also: Callable[[Run], None] | None) -> None:
     """One batch forwards: what does not fit together (lengths, names of losses) shows before there is a directory."""
     if also:
         also(run)
-    batch = stream.batch(0, np.arange(run.train.micro or run.train.batch), run.train.batch)
+    batch = stream.batch(0, np.arange(rows), run.train.batch)
     tokens, targets, documents, images = tensors(batch, model.embed.tokens.weight.device)
     shown = {} if images is None else {"images": images}
     with torch.no_grad():
@@ -241,7 +250,7 @@ def _open(
     _configure(run_dir, asked.base)
     if not known.exists():
         write_atomic(run_dir / "tokenizer.json", stream.tokenizer.to_json())
-        seen = {"images": images} if (images := stream.images()) else {}
+        seen = {name: found for name, found in (("images", stream.images()), ("origins", stream.origins)) if found}
         fingerprints = {"fingerprint": stream.fingerprint(), "tokenizer": stream.tokenizer.fingerprint}
         write_json(known, {**fingerprints, "overlap": stream.overlap(), **seen})
     if asked.extended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,10 @@ from stepladder.train.optim import set_rate
 HALTING = ("act_inner_steps", "act_expected_steps", "act_executed_steps")
 """What metric lines tell of a model that decides its ticks: the most that any token of the batch took; the expected
 number, sum_k k w_k; and those that a token executed before it stopped, the last two as means over supervised tokens."""
+
+
+class OutOfMemory(Exception):
+    """The rows of a micro-batch do not fit into memory; what the step had made is given up."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def gradient_step(
     exceeds ``limit`` nats a token. ``noise`` is the integer key of the model's stochastic parts at this step.
     With ``train.horizon`` H, rows are walked H tokens at a time: the state goes on and the graph ends (truncated
     backpropagation through time), so the loss is that of whole rows and a token's gradient reaches back < H tokens.
+    ``OutOfMemory`` before the update leaves everything as it was.
     """
     supervised = int((batch.targets != IGNORE).sum())
     if not supervised:
@@ -75,40 +81,41 @@ def gradient_step(
     device = model.embed.tokens.weight.device
     tokens, targets, documents, images = tensors(batch, device)
     keys = row_keys(noise, len(tokens), device)  # for all rows at once: micro-batches must not repeat their noise
-    micro, horizon = train.micro or len(tokens), train.horizon or tokens.shape[1]
+    micro, horizon = train.at_once(len(tokens)), train.horizon or tokens.shape[1]
     decides = any(isinstance(module, Halting) and module.min_ticks is not None for module in model.modules())
     inner, expected, executed = (torch.zeros((), device=device) for _ in HALTING)
 
     optimizer.zero_grad(set_to_none=True)
     total, sums, nll_by_row = torch.zeros((), device=device), dict[str, Tensor](), []
-    for rows in _slices(len(tokens), micro):
-        state, keys_B, nll_B = None, keys[rows], torch.zeros(len(keys[rows]), device=device)
-        for columns in _slices(tokens.shape[1], horizon):
-            targets_BT = targets[rows, columns]
-            with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                output = model(
-                    tokens[rows, columns],
-                    state,
-                    targets=targets_BT,
-                    documents=documents[rows, columns],
-                    key=keys_B if state is None else None,
-                    recompute=train.recompute,
-                    trace="ticks" if decides else False,
-                    **({} if images is None else {"images": images.at(rows, columns)}),
-                )
-                loss, parts = objective(output, targets_BT, train.losses)
-            if loss.requires_grad:
-                (loss / supervised).backward()
-            if decides:
-                scored_BT, ticks_BT = targets_BT != IGNORE, output.trace["ticks"].to(inner)
-                inner = torch.maximum(inner, ticks_BT.max())
-                expected = expected + torch.where(scored_BT, output.trace["ponder"].to(inner), 0.0).sum()
-                executed = executed + torch.where(scored_BT, ticks_BT, 0.0).sum()
-            state = detach_state(output.state)
-            total = total + loss.detach()
-            sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
-            nll_B = nll_B + output.nll_BT.detach().sum(1)
-        nll_by_row.append(nll_B)
+    with _room(optimizer):
+        for rows in _slices(len(tokens), micro):
+            state, keys_B, nll_B = None, keys[rows], torch.zeros(len(keys[rows]), device=device)
+            for columns in _slices(tokens.shape[1], horizon):
+                targets_BT = targets[rows, columns]
+                with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                    output = model(
+                        tokens[rows, columns],
+                        state,
+                        targets=targets_BT,
+                        documents=documents[rows, columns],
+                        key=keys_B if state is None else None,
+                        recompute=train.recompute,
+                        trace="ticks" if decides else False,
+                        **({} if images is None else {"images": images.at(rows, columns)}),
+                    )
+                    loss, parts = objective(output, targets_BT, train.losses)
+                if loss.requires_grad:
+                    (loss / supervised).backward()
+                if decides:
+                    scored_BT, ticks_BT = targets_BT != IGNORE, output.trace["ticks"].to(inner)
+                    inner = torch.maximum(inner, ticks_BT.max())
+                    expected = expected + torch.where(scored_BT, output.trace["ponder"].to(inner), 0.0).sum()
+                    executed = executed + torch.where(scored_BT, ticks_BT, 0.0).sum()
+                state = detach_state(output.state)
+                total = total + loss.detach()
+                sums = {name: sums.get(name, 0.0) + part for name, part in parts.items()}
+                nll_B = nll_B + output.nll_BT.detach().sum(1)
+            nll_by_row.append(nll_B)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -137,6 +144,17 @@ def gradient_step(
     set_rate(optimizer, lr)
     optimizer.step()
     return taken
+
+
+@contextmanager
+def _room(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; that of a CPU has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        optimizer.zero_grad(set_to_none=True)
+        raise OutOfMemory(str(error).strip().splitlines()[0]) from error
 
 
 def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Images | None]:

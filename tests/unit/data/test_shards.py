@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stepladder.core.errors import UserError
+from stepladder.core.files import read_json
 from stepladder.data.corpora import Corpus
 from stepladder.data.shards import Shard, Shards, build_once, learn, open_shards, prepare, shard_folder
 from stepladder.data.tokenizers import (
@@ -158,6 +159,49 @@ def test_learning_samples_evenly(corpus: Corpus, tmp_path: Path, monkeypatch: py
     learn(BPEConfig(sample=corpus.scan.characters["train"] // 3), "", [corpus], tmp_path / "c")
     everything = list(corpus.documents("train"))
     assert seen == everything[::4]  # a quarter: the first whole step under a third
+
+
+@pytest.mark.parametrize("config", [CharConfig, BPEConfig])
+def test_learning_keeps_to_its_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: type[CharConfig | BPEConfig]
+) -> None:
+    path, valid = tmp_path / "b.jsonl", tmp_path / "v.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i:02}" + "!" * (i % 7)}) + "\n" for i in range(90)))
+    valid.write_text(json.dumps({"text": "held out"}) + "\n")
+    corpus = Corpus(str(path), str(valid))
+    everything, seen = list(corpus.documents("train")), []
+
+    def build(self: CharConfig, alphabet: str, texts: list[str]) -> ByteTokenizer:
+        seen[:] = list(texts)
+        return ByteTokenizer()
+
+    monkeypatch.setattr(config, "build", build)
+    for number, (fields, want) in enumerate(
+        [
+            ({"sample": None}, everything),
+            ({"documents": 30, "sample": None}, everything[::3]),
+            ({"documents": 31, "sample": None}, everything[::3]),
+            ({"documents": 30, "sample": 10**6}, everything[::3]),
+            ({"documents": 1}, everything[:1]),
+        ]
+    ):
+        learn(config(**fields), "", [corpus], tmp_path / f"c{number}")
+        assert seen == want
+    for most in (5, 11, 100, 333):
+        learn(config(sample=most), "", [corpus], tmp_path / f"m{most}")
+        assert most / 2 < sum(map(len, seen)) <= most
+        assert all(any(text.startswith(part) for text in everything) for part in seen)
+
+
+def test_another_bound_is_another_tokenizer_and_another_tokenizer_is_another_folder(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    for config in (CharConfig(), CharConfig(documents=1), CharConfig(sample=1)):
+        tokenizer = learn(config, "", [corpus], tmp_path)
+        prepare(corpus, tokenizer, tmp_path)
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 3
+    kept = [read_json(path)["tokenizer"] for path in tmp_path.glob("*/shard.json")]
+    assert len(set(kept)) == len(kept) == 3
 
 
 def test_tokenizers_that_learn_nothing_touch_no_disk(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_merge_of_nothing_is_refused() -> None:
 def test_configured_kinds() -> None:
     assert TOKENIZERS.names() == ["alphabet", "bpe", "byte", "char"]
     byte, alphabet, char, bpe = (TOKENIZERS.get(n)() for n in ("byte", "alphabet", "char", "bpe"))
-    assert [c.reads() for c in (byte, alphabet)] == [0, 0]
+    assert [c.reads() for c in (byte, alphabet)] == [(0, 0)] * 2
     assert alphabet.build("10=", ()).to_json() == CharTokenizer("01=").to_json()
     assert char.build("10=", ["ab", "é"]).to_json() == CharTokenizer("01=abé", unknown=True).to_json()
     assert bpe.build("", WORDS).vocab <= 1024

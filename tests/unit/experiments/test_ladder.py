@@ -166,12 +166,17 @@ def test_mistakes_are_named_before_anything_runs(climb, changes, message):
 
 
 def test_another_text_replaces_the_corpus(tmp_path):
-    sources = [*BASE["run"]["data"]["sources"], {"kind": "text", "path": "pydoc"}]
+    published = {"kind": "corpus", "key": "tinystories", "documents": 9}
+    sources = [*BASE["run"]["data"]["sources"], {"kind": "text", "path": "pydoc"}, published]
     run = {**BASE["run"], "data": {**BASE["run"]["data"], "sources": sources}}
     path = tmp_path / "ladder.json"
     path.write_text(json.dumps({**BASE, "run": run}))
     ladder = read(path, [], text="stories.jsonl.gz")
-    assert [s.get("path") for s in ladder.run["data"]["sources"]] == [None, "stories.jsonl.gz"]
+    assert [s.get("path") for s in ladder.run["data"]["sources"]] == [
+        None,
+        "stories.jsonl.gz",
+        "stories.jsonl.gz",
+    ]
 
 
 @pytest.mark.parametrize("source", ["text", {"kind": "text", "path": "pydoc"}])

@@ -60,3 +60,16 @@ def test_compiled_bf16_trains_like_eager_fp32(tmp_path, tiny):
     eager = train(tiny("eager", device="cuda", steps=20), tmp_path, quiet=True)
     fast = train(tiny("fast", device="cuda", steps=20, precision="bf16", compile=True), tmp_path, quiet=True)
     assert losses(fast) == pytest.approx(losses(eager), rel=3e-2)
+
+
+def test_a_step_that_does_not_fit_takes_fewer_rows(tmp_path, tiny):
+    fields = {"device": "cuda", "steps": 3, "batch": 4096, "micro": "auto", "memory": 1e6, "model": {"width": 256}}
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (2 << 30) / total))
+    try:
+        home = train(tiny(**fields), tmp_path, quiet=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    choices = read_json(home / "micro.json")["choices"]
+    assert choices[-1]["rows"] < 4096
+    assert read_json(home / "summary.json")["updates"] == 3

@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from stepladder.core.errors import UserError
 from stepladder.data.stream import Batch
 from stepladder.experiments.match import cost, sized
-from stepladder.experiments.memory import Live, decoding, training
 from stepladder.models.base import Part
 from stepladder.models.lm import LanguageModel
 from stepladder.models.zoo import ARCHITECTURES, Spec, spec
 from stepladder.run import TrainConfig
 from stepladder.train.loss import objective
+from stepladder.train.memory import Live, decoding, training
 from stepladder.train.optim import adamw
 from stepladder.train.step import gradient_step
 
