@@ -150,7 +150,8 @@ class Branch(Part):
         self.norm, self.part, self.dropout = norm(width), part, Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        y_BTD, state = self.part(self.norm(x_BTD), state, ctx)
+        wide_BTD = x_BTD.to(self.norm.weight.dtype)  # under mixed precision, what other nodes gave is narrow
+        y_BTD, state = self.part(self.norm(wide_BTD), state, ctx)
         return self.dropout(y_BTD, ctx), state
 
     def init_state(

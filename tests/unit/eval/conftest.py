@@ -30,7 +30,8 @@ def make(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
             "eval": {"samples": 20, "lengths": [256], **parts.pop("eval", {})},
             **parts,
         }
-        tiny = {"width": 16, "depth": 1} | ({"heads": 2} if "heads" in ARCHITECTURES.get(model).model_fields else {})
+        small = {"width": 16, "depth": 1, "heads": 2}
+        tiny = {name: value for name, value in small.items() if name in ARCHITECTURES.get(model).model_fields}
         run = validate(Run, {**tree, "model": {**tiny, **tree["model"]}}, "test")
         tokenizer = TOKENIZERS.get("byte")().build("", iter(()))
         with torch.random.fork_rng(devices=[]):
