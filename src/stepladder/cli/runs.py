@@ -1,7 +1,8 @@
-"""Commands on one run: train, finetune, eval, sample, trace, export."""
+"""Commands on one run: train, finetune, eval, sample, forgetting, trace, export."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +10,23 @@ import typer
 
 from stepladder import plugins
 from stepladder.cli.options import Overrides, Plugins, Runs, Ticks
-from stepladder.cli.terminal import listed, load, print_answers, print_results, say, write_answers
+from stepladder.cli.terminal import (
+    listed,
+    load,
+    print_answers,
+    print_plans,
+    print_results,
+    progress,
+    say,
+    write_answers,
+)
 
 if TYPE_CHECKING:
     from stepladder.run import Run
 
 app = typer.Typer()
+_planner = partial(typer.Option, rich_help_panel="Planner: of apelr_v1, apelr_v2")
+_memory = partial(typer.Option, rich_help_panel="Memories that learn at test time: of titans_*, hope_*")
 
 
 @app.command()
@@ -87,15 +99,27 @@ def evaluate_run(
     overrides: Annotated[list[str] | None, typer.Argument(help="such as samples=1000", show_default=False)] = None,
     suites: Annotated[str | None, typer.Option("--suite", help="comma-separated suites, or all")] = None,
     tasks: Annotated[str | None, typer.Option(help="only these tasks of the run, comma-separated")] = None,
+    memorize: Annotated[bool, _memory("--memorize", help="also score behind what memories made of a text")] = False,
+    memorize_steps: Annotated[int | None, _memory(help="how many times a text is read")] = None,
+    memorize_use_correct_answer: Annotated[
+        bool, _memory("--memorize-use-correct-answer", help="feed answers for later items; with --memorize-no-reset")
+    ] = False,
+    memorize_no_reset: Annotated[bool, _memory("--memorize-no-reset", help="carry on from item to item")] = False,
+    memorize_paths: Annotated[str | None, _memory(help="which memories learn, comma-separated; default: all")] = None,
+    memorize_surprise_threshold: Annotated[float | None, _memory(help="least nats a token of what is read")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Evaluate a trained run on suites; writes per-example records and results beside it."""
     loaded = load(run, plugin)
     from stepladder.core.config import override, validate
+    from stepladder.eval import memorize as memorizing
     from stepladder.eval import suite
     from stepladder.run import EvalConfig
 
-    tree = override(loaded.run.eval.model_dump(mode="json"), overrides or [])
+    flags: dict[str, Any] = {"steps": memorize_steps, "use_correct_answer": memorize_use_correct_answer or None}
+    flags |= {"reset": False if memorize_no_reset else None, "paths": listed(memorize_paths) or None}
+    switched = memorizing.switches(memorize, {**flags, "surprise": memorize_surprise_threshold})
+    tree = override(loaded.run.eval.model_dump(mode="json"), [*switched, *(overrides or [])])
     only = {} if tasks is None else {"tasks": listed(tasks) or (tasks,)}
     config = validate(EvalConfig, {**tree, **only}, "eval")
     results = suite.evaluate(loaded, listed(suites) or config.suites, run, config)
@@ -118,16 +142,47 @@ def sample(
     show_ticks: Annotated[bool, typer.Option("--show-ticks", help="colour tokens by the ticks they took")] = False,
     html: Annotated[Path | None, typer.Option(help="page with tokens coloured by the ticks they took")] = None,
     out: Annotated[Path | None, typer.Option(help="file for all there is to know, as JSON lines")] = None,
+    force_state: Annotated[int | None, _planner(help="one plan, exactly its expert")] = None,
+    freeze_planner: Annotated[bool, _planner("--freeze-planner", help="the belief stays the prior")] = False,
+    lookahead_steps: Annotated[int | None, _planner(help="chunks of the forecast; 0 = none")] = None,
+    lookahead_feedback_scale: Annotated[float | None, _planner(help="share of the forecast in the gate")] = None,
+    planner_temperature: Annotated[float | None, _planner(help="of the gate")] = None,
+    token_filtering: Annotated[
+        bool | None, _planner("--token-filtering/--no-token-filtering", help="whether tokens are evidence")
+    ] = None,
+    plans: Annotated[bool, _planner("--plans", help="show the belief chunk by chunk, and what it foresaw")] = False,
     plugin: Plugins = None,
 ) -> None:
     """Continue prompts with a trained run."""
     loaded = load(run, plugin)
     from stepladder.eval.prompts import answers, read
+    from stepladder.eval.steering import steered
 
     options: dict[str, Any] = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    found = answers(loaded, read(texts or (), prompts, {**options, "seed": seed, "ticks": ticks}))
-    print_answers(found, show_ticks)
+    steer: dict[str, Any] = {"lookahead_feedback_scale": lookahead_feedback_scale, "token_filtering": token_filtering}
+    steer |= {"planner_temperature": planner_temperature, "lookahead_steps": lookahead_steps}
+    with steered(loaded.model, force_state=force_state, freeze_planner=freeze_planner, **steer):
+        found = answers(loaded, read(texts or (), prompts, {**options, "seed": seed, "ticks": ticks}))
+        print_answers(found, show_ticks)
+        print_plans(loaded, found if plans else ())
     write_answers(loaded, found, html, out)
+
+
+@app.command()
+def forgetting(
+    checkpoints: Annotated[list[Path], typer.Argument(help="oldest first: runs/NAME, or runs/NAME/checkpoints/STEP")],
+    segments: Annotated[Path, typer.Option(help="YAML file that names the texts in the order they were learned")],
+    out: Annotated[Path, typer.Option(help="directory for results, records and page")] = Path("forgetting"),
+    plugin: Plugins = None,
+) -> None:
+    """Score texts by checkpoints of continual training: what is forgotten, what is carried back, as a heat map."""
+    plugins.load(plugin or ())
+    from stepladder.eval.forgetting import forgetting as score
+    from stepladder.report.forgetting import write
+
+    with progress(f"scoring {len(checkpoints)} checkpoints", 1) as advance:
+        score(checkpoints, segments, out, advance=advance)
+    say(f"page: {write(out)}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ def say(line: str, bold: bool = False) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int) -> Iterator[Callable[[float], None]]:
     """A bar on a terminal's stderr; gives a function that moves it on."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -122,6 +122,18 @@ def print_answers(answers: list[dict[str, Any]], ticks: bool) -> None:
             parts += [Segment("\n")] * (piece == "⏎")
         parts.append(Segment(f"  ({answer['stop']})\n", Style(dim=True)))
     console.print(Segments(parts), soft_wrap=True, end="")
+
+
+def print_plans(loaded: Loaded, answers: Sequence[dict[str, Any]]) -> None:
+    """The belief of a planner over each answer, prompt included, chunk by chunk."""
+    import numpy as np
+
+    from stepladder.data.tokenizers import BOS
+    from stepladder.eval.steering import snapshots
+
+    for answer in answers:
+        ids = loaded.tokenizer.encode(answer["prompt"] + answer["text"])
+        console.print(snapshots(loaded, np.concatenate(([BOS], ids))))
 
 
 def write_answers(loaded: Loaded, answers: list[dict[str, Any]], html: Path | None, lines: Path | None) -> None:

@@ -16,7 +16,7 @@ continuum memory), ``cms.0`` (its fastest level), ``cms.1``, ...
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepladder.core.config import canonical
 from stepladder.models.base import State
 from stepladder.models.channels.cms import Levels
 from stepladder.models.fast.fast_weights import Memory
@@ -35,6 +36,12 @@ from stepladder.run import Memorize
 
 PIECE = 1024
 """Tokens of a call."""
+
+
+def switches(on: bool, fields: Mapping[str, Any]) -> list[str]:
+    """Flags of the command line as overrides of ``eval``: none if nothing is memorised; any field given says it is."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return [f"memorize={canonical(given)}"] if on or given else []
 
 
 class Memorizer:
