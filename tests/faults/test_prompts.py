@@ -85,13 +85,13 @@ def test_E7_prompts_hold_the_question_and_nothing_before_it(monkeypatch, evaluat
         seen.extend(prompts)
         return generate(model, prompts, **options)
 
-    def forced(encoded, rows, texts=halting._texts):
+    def forced(encoded, rows, texts=halting.texts):
         tokens, scored = texts(encoded, rows)
         seen.extend(row[: int(marks.argmax())] for row, marks in zip(tokens, scored, strict=True))
         return tokens, scored
 
     monkeypatch.setattr(exact, "generate", asked)
-    monkeypatch.setattr(halting, "_texts", forced)
+    monkeypatch.setattr(halting, "texts", forced)
     model = spec("transformer", width=16, depth=1, heads=2).build(tokenizer.vocab).eval()
     evaluate(Job(model, tokenizer, run, run.eval))
     (sheet,) = sheets(run, run.eval.seed, run.eval.samples)

@@ -363,7 +363,7 @@ def test_a_position_that_holds_an_image_is_no_evidence():
     def seen(x):
         sink = Sink(trace={})
         place = torch.arange(20).expand(2, -1)
-        ctx = Context(x, place, False, None, torch.zeros(2, dtype=torch.int64), 0, False, sink, None, holds)
+        ctx = Context(x, place, False, None, torch.zeros(2, dtype=torch.int64), 0, False, sink, images_BT=holds)
         return model.head(h_BTD, None, ctx, y, None)[1], sink
 
     (nll, sink), (other, moved) = seen(x), seen(torch.where(holds, (x + 1) % VOCAB, x))

@@ -120,7 +120,7 @@ class CMSTransformer(Attended):
         return ContinuumMemory(self.width, levels, learn=False)
 
 
-@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 8, "factor": 2, "chunk": 16}, aliases=("hope",))
+@architecture("hope_selfmod", tiny=TINY | {"level_chunk": 8, "factor": 2, "chunk": 8}, aliases=("hope",))
 class HopeSelfmod(Learning):
     """Blocks of self-modifying memories and a continuum memory.
 
